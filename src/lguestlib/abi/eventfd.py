@@ -1,0 +1,24 @@
+"""eventfd(2): a counter in a file descriptor, the kick and the interrupt of this library.
+
+The calls themselves are the standard library's (`os.eventfd`, `os.read`,
+`os.write`): they cost half of what ctypes does.
+"""
+
+import os
+
+SIGNAL = (1).to_bytes(8, "little")
+"""The eight bytes that add one to an eventfd: ``os.write(fd, SIGNAL)``."""
+
+BYTES = 8
+"""What a read of an eventfd returns: its counter, a native 64-bit integer."""
+
+
+def eventfd(initial: int = 0) -> int:
+    """A new blocking, close-on-exec eventfd whose counter is *initial*.
+
+    Raises OSError (EMFILE, ENFILE, ENOMEM).
+    """
+    try:
+        return os.eventfd(initial, os.EFD_CLOEXEC)
+    except OSError as error:
+        raise OSError(error.errno, f"eventfd: {error.strerror}") from None

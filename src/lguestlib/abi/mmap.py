@@ -1,0 +1,28 @@
+"""mmap(2) beyond the standard library's `mmap.mmap`: protections, advice, addresses."""
+
+import ctypes
+
+from lguestlib.abi.libc import check, function
+
+PROT_NONE = 0
+PROT_READ = 1
+PROT_WRITE = 2
+MAP_SHARED = 0x01
+MAP_PRIVATE = 0x02
+MAP_ANONYMOUS = 0x20
+MAP_NORESERVE = 0x4000
+
+
+def address_of(buffer: memoryview) -> int:
+    """The address in this process of the first byte of a writable, non-empty *buffer*.
+
+    Valid while the buffer's exporter keeps it in place.  Raises TypeError for a
+    read-only buffer, ValueError for an empty one.
+    """
+    return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+
+
+def mprotect(address: int, length: int, protection: int) -> None:
+    """Set the protection of the pages at *address*, *length* bytes.  Raises OSError."""
+    call = function("mprotect", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    check(call(address, length, protection), "mprotect", hex(address))

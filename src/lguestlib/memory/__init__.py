@@ -1,0 +1,1 @@
+"""Guest-physical memory: regions, bounds-checked zero-copy views, ordering, images."""

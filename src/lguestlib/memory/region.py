@@ -1,0 +1,86 @@
+"""One range of guest-physical memory, mapped into this process."""
+
+import mmap
+import os
+from typing import Self
+
+from lguestlib.abi import memfd as abi_memfd
+from lguestlib.abi.mmap import MAP_ANONYMOUS, MAP_PRIVATE, address_of
+from lguestlib.memory.address import GuestAddress, HostAddress
+
+_TOP = 1 << 64
+
+
+class Region:
+    """*size* bytes of guest memory at guest-physical *base*, owned by this object.
+
+    Made by `anonymous`, `memfd` or `from_fd`; released by `close`, and not before.
+    """
+
+    def __init__(self, base: GuestAddress, size: int, mapping: mmap.mmap, skip: int = 0, fd: int = -1) -> None:
+        self.base = base
+        self.size = size
+        self.fd = fd
+        """The memfd behind this region, owned by it; -1 where there is none to hand over."""
+        self._mapping = mapping
+        self._skip = skip
+        with memoryview(mapping) as view:
+            self.host_address = HostAddress(address_of(view) + skip)
+            """Where *base* is mapped in this process."""
+
+    @classmethod
+    def anonymous(cls, base: GuestAddress, size: int) -> Self:
+        """Private zeroed memory.  Raises ValueError for a bad range, OSError (ENOMEM)."""
+        _check_range(base, size)
+        return cls(base, size, mmap.mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS))
+
+    @classmethod
+    def memfd(cls, base: GuestAddress, size: int, name: str = "guest-memory") -> Self:
+        """Shared zeroed memory behind a new memfd (`fd`), for handing to another process."""
+        _check_range(base, size)
+        fd = abi_memfd.memfd(name, size)
+        try:
+            return cls(base, size, mmap.mmap(fd, size), fd=fd)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def from_fd(cls, base: GuestAddress, size: int, fd: int, offset: int = 0) -> Self:
+        """Shared memory that is *size* bytes at byte *offset* of the file *fd*.
+
+        The descriptor stays the caller's.  Raises ValueError where the file does
+        not hold the range: touching a page past its end would be a SIGBUS.
+        """
+        _check_range(base, size)
+        held = os.fstat(fd).st_size
+        if offset < 0 or offset > held or size > held - offset:
+            raise ValueError(f"memory region: {size:#x} bytes at offset {offset:#x} of a file of {held:#x}")
+        skip = offset % mmap.ALLOCATIONGRANULARITY
+        return cls(base, size, mmap.mmap(fd, size + skip, offset=offset - skip), skip)
+
+    @property
+    def end(self) -> GuestAddress:
+        """The first guest-physical address past the region."""
+        return GuestAddress(self.base + self.size)
+
+    def view(self) -> memoryview:
+        """A new view of the whole region, sharing no state with any other.
+
+        Each thread slices a view of its own: on a free-threaded interpreter,
+        slicing one memoryview from several threads is not safe.
+        """
+        whole = memoryview(self._mapping)
+        return whole[self._skip :] if self._skip else whole
+
+    def close(self) -> None:
+        """Unmap.  Raises BufferError, and unmaps nothing, while a view of it lives."""
+        self._mapping.close()
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _check_range(base: int, size: int) -> None:
+    if size <= 0 or base < 0 or size > _TOP - base:
+        raise ValueError(f"memory region: no range of {size:#x} bytes at guest-physical {base:#x}")

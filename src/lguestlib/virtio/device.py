@@ -1,0 +1,81 @@
+"""What a device is: a type, features, a config space, and one service function per queue.
+
+A device does nothing to the outside itself; it is handed a back-end for that.
+It has no thread either: whoever runs it calls a queue's service function with
+one chain at a time, and one queue's calls never overlap.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from lguestlib.virtio.chain import Chain
+from lguestlib.virtio.features import Feature
+
+Service = Callable[[Chain], int]
+"""Do what a chain asks and return the bytes written, from its writable part's start.
+
+It may raise InterruptedError, having done nothing, when it is to stop; and
+`SourceEnded`.  Any other exception fails the device.
+"""
+
+RING_FEATURES = Feature.VERSION_1 | Feature.RING_INDIRECT_DESC | Feature.RING_EVENT_IDX
+"""What every device of this library offers beside its own features."""
+
+QUEUE_SIZE = 256
+
+
+class SourceEnded(Exception):
+    """A queue's work comes from outside and no more will: the chain goes back, the queue rests."""
+
+
+@dataclass(frozen=True)
+class Queue:
+    """One virtqueue of a device: its *name*, its *service* function, the most descriptors.
+
+    With *from_outside* the service blocks until the outside has something, and
+    the driver is told of each chain before the next call.
+    """
+
+    name: str
+    service: Service
+    size: int = QUEUE_SIZE
+    from_outside: bool = False
+
+
+def _nobody(device: "Device") -> None:
+    """Nobody is listening: the device has no transport yet."""
+
+
+class Device(ABC):
+    """Base of all devices.  *name* is for people: "net", "block 2"."""
+
+    device_type: int
+    """The virtio device ID (virtio 1.3, 5)."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.on_config_change: Callable[[Device], None] = _nobody
+        """Called by the device after its config space changed; set by its transport's owner."""
+
+    @property
+    def features(self) -> int:
+        """The feature bits of this device type that are offered, without `RING_FEATURES`."""
+        return 0
+
+    def config(self) -> bytes:
+        """The device configuration space as it is now (virtio 1.3, 2.5)."""
+        return b""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """The driver writes *data* at byte *offset* of the config space: ignored unless overridden."""
+
+    @abstractmethod
+    def queues(self) -> Sequence[Queue]:
+        """The virtqueues, in the order of their indices."""
+
+    def activate(self, features: int) -> None:
+        """The driver is ready and *features* are negotiated; the queues start after this."""
+
+    def deactivate(self) -> None:
+        """The device is reset; its queues have stopped."""

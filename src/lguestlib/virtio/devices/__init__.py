@@ -1,0 +1,1 @@
+"""The devices: console, net, block, entropy.  The smallest, entropy, is the best first read."""

@@ -1,0 +1,292 @@
+"""virtio over MMIO, version 2, as a register model (virtio 1.3, 4.2).
+
+`read` and `write` are what the driver's accesses do; a write returns the effect
+it asks of the device's owner, if any.  A reset, and a queue's stop, read back
+as done only after the owner has said that they are (T3, T7).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lguestlib.abi import virtio_mmio as abi
+from lguestlib.memory.address import GuestAddress
+from lguestlib.virtio.device import RING_FEATURES, Device
+from lguestlib.virtio.features import Feature
+from lguestlib.virtio.layout import QueueLayout
+from lguestlib.virtio.status import Status, advance
+
+MAGIC = int.from_bytes(b"virt", "little")
+VERSION = 2
+VENDOR = int.from_bytes(b"lgst", "little")
+REGION_SIZE = 0x1000
+"""Bytes of guest-physical address space a device takes."""
+
+
+@dataclass(frozen=True)
+class DriverReady:
+    """DRIVER_OK: start every ready queue, with these features."""
+
+    features: int
+
+
+@dataclass(frozen=True)
+class QueueReady:
+    """A queue was enabled."""
+
+    layout: QueueLayout
+
+
+@dataclass(frozen=True)
+class QueueStop:
+    """Stop this queue, then call `MmioTransport.queue_stopped`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Reset:
+    """Stop every queue, then call `MmioTransport.reset_done`."""
+
+
+@dataclass(frozen=True)
+class Notify:
+    """The driver notifies a queue."""
+
+    index: int
+
+
+Effect = DriverReady | QueueReady | QueueStop | Reset | Notify
+
+
+@dataclass
+class _QueueRegisters:
+    size: int
+    ready: bool = False
+    addresses: dict[int, int] = field(default_factory=dict)
+
+
+class MmioTransport:
+    """The registers of *device*."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.offered = int(device.features | RING_FEATURES)
+        self.status = Status(0)
+        self.refused = 0
+        """Accesses the specification does not allow, all of them ignored."""
+        self._maxima = [queue.size for queue in device.queues()]
+        self._used_pending = False
+        self._config_pending = False
+        self._generation = 0
+        self._clear()
+        self._readers = self._make_readers()
+        self._writers = self._make_writers()
+
+    def _clear(self) -> None:
+        self.accepted = 0
+        self._queues = [_QueueRegisters(size) for size in self._maxima]
+        self._device_page = self._driver_page = self._selected = 0
+        self._used_pending = self._config_pending = False
+
+    @property
+    def features(self) -> int:
+        """The features negotiated, once FEATURES_OK is set."""
+        return self.accepted & self.offered
+
+    @property
+    def layouts(self) -> list[QueueLayout]:
+        """The layouts of the ready queues."""
+        return [self._layout(index) for index, queue in enumerate(self._queues) if queue.ready]
+
+    def reset_done(self) -> None:
+        """Every queue has stopped: the status reads 0 from now on (virtio 1.3, 2.4.1)."""
+        self.status = Status(0)
+        self._clear()
+
+    def queue_stopped(self, index: int) -> None:
+        """Queue *index* no longer touches its ring: QueueReady reads 0 (virtio 1.3, 4.2.2.2)."""
+        self._queues[index].ready = False
+
+    def used_buffer(self) -> None:
+        """Some queue is about to interrupt for used buffers."""
+        self._used_pending = True
+
+    def config_changed(self) -> None:
+        """The config space has changed and the driver is about to be interrupted."""
+        self._generation = self._generation + 1 & 0xFFFF_FFFF
+        self._config_pending = True
+
+    def fail(self) -> None:
+        """The device has failed: only a reset helps it (virtio 1.3, 2.1.2)."""
+        self.status |= Status.NEEDS_RESET
+        if self.status & Status.DRIVER_OK:
+            self._config_pending = True
+
+    def read(self, offset: int, size: int) -> bytes:
+        """*size* bytes the driver reads at *offset*; zeros where it may not."""
+        if offset >= abi.VIRTIO_MMIO_CONFIG:
+            start = offset - abi.VIRTIO_MMIO_CONFIG
+            return self.device.config()[start : start + size].ljust(size, b"\0")
+        reader = self._readers.get(offset)
+        if reader is None or size != 4:
+            self.refused += 1
+            return bytes(size)
+        return (reader() & 0xFFFF_FFFF).to_bytes(4, "little")
+
+    def write(self, offset: int, data: bytes) -> Effect | None:
+        """The driver writes *data* at *offset*: the effect its owner has to see to, if any."""
+        if offset >= abi.VIRTIO_MMIO_CONFIG:
+            self.device.write_config(offset - abi.VIRTIO_MMIO_CONFIG, data)
+            return None
+        writer = self._writers.get(offset)
+        if writer is None or len(data) != 4:
+            self.refused += 1
+            return None
+        return writer(int.from_bytes(data, "little"))
+
+    def _make_readers(self) -> dict[int, Callable[[], int]]:
+        return {
+            abi.VIRTIO_MMIO_MAGIC_VALUE: lambda: MAGIC,
+            abi.VIRTIO_MMIO_VERSION: lambda: VERSION,
+            abi.VIRTIO_MMIO_DEVICE_ID: lambda: self.device.device_type,
+            abi.VIRTIO_MMIO_VENDOR_ID: lambda: VENDOR,
+            abi.VIRTIO_MMIO_DEVICE_FEATURES: self._device_features,
+            abi.VIRTIO_MMIO_QUEUE_NUM_MAX: self._queue_num_max,
+            abi.VIRTIO_MMIO_QUEUE_READY: self._queue_ready,
+            abi.VIRTIO_MMIO_INTERRUPT_STATUS: self._interrupt_status,
+            abi.VIRTIO_MMIO_STATUS: lambda: int(self.status),
+            # No shared memory region exists: a length of all ones says so (4.2.2.1).
+            abi.VIRTIO_MMIO_SHM_LEN_LOW: lambda: 0xFFFF_FFFF,
+            abi.VIRTIO_MMIO_SHM_LEN_HIGH: lambda: 0xFFFF_FFFF,
+            abi.VIRTIO_MMIO_SHM_BASE_LOW: lambda: 0xFFFF_FFFF,
+            abi.VIRTIO_MMIO_SHM_BASE_HIGH: lambda: 0xFFFF_FFFF,
+            abi.VIRTIO_MMIO_CONFIG_GENERATION: lambda: self._generation,
+        }
+
+    def _make_writers(self) -> dict[int, Callable[[int], Effect | None]]:
+        writers: dict[int, Callable[[int], Effect | None]] = {
+            abi.VIRTIO_MMIO_DEVICE_FEATURES_SEL: self._select_device_page,
+            abi.VIRTIO_MMIO_DRIVER_FEATURES: self._driver_features,
+            abi.VIRTIO_MMIO_DRIVER_FEATURES_SEL: self._select_driver_page,
+            abi.VIRTIO_MMIO_QUEUE_SEL: self._select_queue,
+            abi.VIRTIO_MMIO_QUEUE_NUM: self._queue_num,
+            abi.VIRTIO_MMIO_QUEUE_READY: self._set_queue_ready,
+            abi.VIRTIO_MMIO_QUEUE_NOTIFY: self._notify,
+            abi.VIRTIO_MMIO_INTERRUPT_ACK: self._acknowledge,
+            abi.VIRTIO_MMIO_STATUS: self._set_status,
+            abi.VIRTIO_MMIO_SHM_SEL: lambda value: None,
+        }
+        for low in (
+            abi.VIRTIO_MMIO_QUEUE_DESC_LOW, abi.VIRTIO_MMIO_QUEUE_AVAIL_LOW, abi.VIRTIO_MMIO_QUEUE_USED_LOW,
+        ):  # fmt: skip
+            for register in (low, low + 4):
+                writers[register] = lambda value, register=register: self._set_address(register, value)
+        return writers
+
+    def _device_features(self) -> int:
+        return self.offered >> 32 * self._device_page if self._device_page < 2 else 0
+
+    def _select_device_page(self, value: int) -> None:
+        self._device_page = value
+
+    def _select_driver_page(self, value: int) -> None:
+        self._driver_page = value
+
+    def _driver_features(self, value: int) -> None:
+        # Frozen once FEATURES_OK is set (virtio 1.3, 2.2.1 and 3.1.1).
+        if self.status & Status.FEATURES_OK or not self.status & Status.DRIVER:
+            self.refused += 1
+        elif self._driver_page < 2:
+            shift = 32 * self._driver_page
+            self.accepted = self.accepted & ~(0xFFFF_FFFF << shift) | value << shift
+        elif value:
+            self.refused += 1
+
+    def _acceptable(self) -> bool:
+        return not self.accepted & ~self.offered and bool(self.accepted & Feature.VERSION_1)
+
+    def _select_queue(self, value: int) -> None:
+        self._selected = value
+
+    def _queue(self) -> _QueueRegisters | None:
+        if self._selected < len(self._queues):
+            return self._queues[self._selected]
+        return None
+
+    def _settable(self) -> _QueueRegisters | None:
+        queue = self._queue()
+        if queue is None or queue.ready or not self.status & Status.FEATURES_OK:
+            self.refused += 1
+            return None
+        return queue
+
+    def _queue_num_max(self) -> int:
+        return self._maxima[self._selected] if self._selected < len(self._maxima) else 0
+
+    def _queue_num(self, value: int) -> None:
+        queue = self._settable()
+        if queue is None:
+            return
+        if 0 < value <= self._queue_num_max() and not value & (value - 1):
+            queue.size = value
+        else:
+            self.refused += 1
+
+    def _set_address(self, register: int, value: int) -> None:
+        queue = self._settable()
+        if queue is not None:
+            queue.addresses[register] = value
+
+    def _queue_ready(self) -> int:
+        queue = self._queue()
+        return int(queue is not None and queue.ready)
+
+    def _set_queue_ready(self, value: int) -> Effect | None:
+        queue = self._queue()
+        if queue is not None and queue.ready and value == 0:
+            return QueueStop(self._selected)
+        if value != 1 or (queue := self._settable()) is None:
+            self.refused += value != 0
+            return None
+        queue.ready = True
+        return QueueReady(self._layout(self._selected))
+
+    def _layout(self, index: int) -> QueueLayout:
+        queue = self._queues[index]
+
+        def address(low: int) -> GuestAddress:
+            return GuestAddress(queue.addresses.get(low, 0) | queue.addresses.get(low + 4, 0) << 32)
+
+        return QueueLayout(
+            index,
+            queue.size,
+            address(abi.VIRTIO_MMIO_QUEUE_DESC_LOW),
+            address(abi.VIRTIO_MMIO_QUEUE_AVAIL_LOW),
+            address(abi.VIRTIO_MMIO_QUEUE_USED_LOW),
+        )
+
+    def _notify(self, value: int) -> Effect | None:
+        if value < len(self._queues):
+            return Notify(value)
+        self.refused += 1
+        return None
+
+    def _interrupt_status(self) -> int:
+        used = abi.VIRTIO_MMIO_INT_VRING if self._used_pending else 0
+        return used | (abi.VIRTIO_MMIO_INT_CONFIG if self._config_pending else 0)
+
+    def _acknowledge(self, value: int) -> None:
+        # Two flags, not one word: queue threads set while the driver clears.
+        if value & abi.VIRTIO_MMIO_INT_VRING:
+            self._used_pending = False
+        if value & abi.VIRTIO_MMIO_INT_CONFIG:
+            self._config_pending = False
+
+    def _set_status(self, value: int) -> Effect | None:
+        if value == 0:
+            return Reset()
+        before = self.status
+        self.status = advance(before, value, self._acceptable)
+        if self.status & ~before & Status.DRIVER_OK:
+            return DriverReady(self.features)
+        return None
