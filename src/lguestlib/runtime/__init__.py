@@ -1,0 +1,1 @@
+"""Threads and file descriptors: a thread per virtqueue, back-ends, machines, the launcher."""

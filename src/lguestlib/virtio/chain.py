@@ -30,7 +30,10 @@ class Chain:
     Valid from the queue's pop to its push; the queue uses the object again after.
     """
 
-    __slots__ = ("head", "readable", "writable", "readable_length", "writable_length", "in_flight", "decoded")
+    __slots__ = (
+        "head", "readable", "writable", "readable_length", "writable_length", "written", "in_flight",
+        "offset", "row",
+    )  # fmt: skip
 
     def __init__(self, head: DescriptorIndex) -> None:
         self.head = head
@@ -44,8 +47,12 @@ class Chain:
         """Bytes in `writable`."""
         self.in_flight = False
         """Whether the device has it: popped, and not yet pushed or put back."""
-        self.decoded = b""
-        """The descriptors, as they stood in the table, that these buffers were decoded from."""
+        self.written = 0
+        """For `push_many`: bytes the device has written, from the start of the writable ones."""
+        self.offset = 16 * head
+        """Bytes from the descriptor table's start to the first descriptor."""
+        self.row = VRING_DESC_F_NEXT | head + 1 << 16
+        """Flags and next, as one word, of a readable first descriptor that its neighbour follows."""
 
     def read(self, limit: int = 65536) -> bytes:
         """A copy of the readable bytes, or of their first *limit*."""
@@ -82,11 +89,11 @@ def part(buffers: Buffers, start: int, length: int) -> Buffers:
 
 
 def walk(
-    queue: int, head: DescriptorIndex, table: bytes, size: int, memory: MemoryViews, indirect: bool
+    queue: int, head: DescriptorIndex, table: bytes | memoryview, size: int, memory: MemoryViews, indirect: bool
 ) -> tuple[list[memoryview], list[memoryview], int, int]:
     """The readable and writable buffers of the chain at *head*, and the bytes in each.
 
-    *table* is a copy of the descriptor table, so that what is checked is what is
+    Each descriptor in *table* is read once, so that what is checked is what is
     used (S18).  *indirect* tells whether VIRTIO_F_INDIRECT_DESC was negotiated.
     Raises the ChainErrors of virtio 1.3, 2.7.4.2 and 2.7.5.
     """
@@ -110,7 +117,7 @@ def walk(
 
 
 def _descriptors(
-    queue: int, head: DescriptorIndex, table: bytes, size: int, memory: MemoryViews, indirect: bool
+    queue: int, head: DescriptorIndex, table: bytes | memoryview, size: int, memory: MemoryViews, indirect: bool
 ) -> Iterator[tuple[int, int, int]]:
     """Address, length and flags of each buffer descriptor, through an indirect table too (S8)."""
     index, seen, inside = int(head), 0, False

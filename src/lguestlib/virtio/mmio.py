@@ -7,6 +7,7 @@ as done only after the owner has said that they are (T3, T7).
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from lguestlib.abi import virtio_mmio as abi
 from lguestlib.memory.address import GuestAddress
@@ -180,7 +181,7 @@ class MmioTransport:
             abi.VIRTIO_MMIO_QUEUE_DESC_LOW, abi.VIRTIO_MMIO_QUEUE_AVAIL_LOW, abi.VIRTIO_MMIO_QUEUE_USED_LOW,
         ):  # fmt: skip
             for register in (low, low + 4):
-                writers[register] = lambda value, register=register: self._set_address(register, value)
+                writers[register] = partial(self._set_address, register)
         return writers
 
     def _device_features(self) -> int:

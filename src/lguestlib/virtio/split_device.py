@@ -3,10 +3,10 @@
 The life of a request, as the device has it:
 
 1. The driver puts a chain's head into the available ring and moves avail.idx.
-2. `pop_many` reads avail.idx, then the heads it announces, then copies the
-   descriptor table, once.  Everything is checked on the copy.
+2. `pop_many` reads avail.idx, then the heads it announces, then their
+   descriptors, each once.  What is checked is what was read, and it alone is used.
 3. The device works on the chains' buffers, in place.
-4. `push` writes the used element, then used.idx: from here the buffers are the
+4. `push_many` writes the used elements, then used.idx: from here the buffers are the
    driver's again.
 5. `should_interrupt` fences, then asks whether the driver wants to be told.
 
@@ -15,7 +15,10 @@ the device's.  Live fields are read and written whole, through cast views, once.
 One thread at a time may use a queue.
 """
 
-from collections.abc import Iterable, Sequence
+import struct
+from collections.abc import Iterator, Sequence
+from itertools import takewhile
+from operator import length_hint
 
 from lguestlib.abi.virtio_ring import (
     VRING_AVAIL_F_NO_INTERRUPT,
@@ -27,9 +30,19 @@ from lguestlib.abi.virtio_ring import (
 from lguestlib.memory.fence import new_acquire, new_fence
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.virtio import errors
-from lguestlib.virtio.chain import DESCRIPTOR, LENGTH_MAX, Chain, walk
+from lguestlib.virtio.chain import LENGTH_MAX, Chain, walk
 from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import DescriptorIndex, QueueLayout, RingIndex
+
+# Descriptors, with flags and next as one word, the link: only the last one's flags stand alone.
+_ONE = struct.Struct("<QII").unpack_from
+_TWO = struct.Struct("<QII QIHH").unpack_from
+_THREE = struct.Struct("<QII QII QIHH").unpack_from
+_THREE_SIZE = 3 * 16
+_NEXT_OR_INDIRECT = VRING_DESC_F_NEXT | VRING_DESC_F_INDIRECT
+_NEXT_ROW = 1 << 16
+_NEXT_ROW_WRITE = _NEXT_ROW | VRING_DESC_F_WRITE
+_FIRST_ROW = VRING_DESC_F_NEXT | _NEXT_ROW
 
 BATCH = 64
 """The most chains one `pop_many` takes: what is done of them is signalled before more are."""
@@ -75,10 +88,6 @@ class SplitDeviceQueue:
         self._signal_once = self._used != 0
         self._broken: errors.QueueError | None = None
         self._chains = [Chain(DescriptorIndex(head)) for head in range(size)]
-        # Longer than the table, so that it is found nowhere in it.
-        self._undecoded = bytes(16 * size + 1)
-        for chain in self._chains:
-            chain.decoded = self._undecoded
         # Most buffers are in one region: the short cut knows only that one.
         home = views.largest
         self._home = views.roots[home]
@@ -119,30 +128,83 @@ class SplitDeviceQueue:
         if len(heads) < count:
             heads += self._avail_ring[: count - len(heads)].tolist()
 
-        table = bytes(self._descriptors)
-        matches = table.startswith
-        chains = self._chains
-        size = self.size
-        popped: list[Chain] = []
-        taken = popped.append
         try:
-            for head in heads:
-                if head >= size:
-                    raise errors.HeadOutOfRange(self.index, head, size)
-                chain = chains[head]
-                if chain.in_flight:
-                    raise errors.HeadInFlight(self.index, head)
-                # Descriptors that have not changed since have nothing new to check.
-                if not matches(chain.decoded, head << 4):
-                    self._decode(chain, table)
-                chain.in_flight = True
-                taken(chain)
+            chains = [self._chains[head] for head in heads]
+        except IndexError:
+            # The good ones before it come first.
+            chains = [self._chains[head] for head in takewhile(self.size.__gt__, heads)]
+            if not chains:
+                self._next = position + 1 & 0xFFFF
+                raise errors.HeadOutOfRange(self.index, heads[0], self.size) from None
+        following = iter(chains)
+        try:
+            self._decode_each(following)
         except errors.ChainError:
-            if not popped:
+            del chains[len(chains) - length_hint(following) - 1 :]
+            if not chains:
                 self._next = position + 1 & 0xFFFF
                 raise
-        self._next = position + len(popped) & 0xFFFF
-        return popped
+        self._next = position + len(chains) & 0xFFFF
+        return chains
+
+    def _decode_each(self, chains: Iterator[Chain]) -> None:
+        """Check each of *chains* and give it its buffers; stop at the first that breaks a rule.
+
+        One pass without a call or an object per descriptor for the chains that
+        drivers make most: one buffer; or three in a row, in the table or in an
+        indirect one, as a block request's header, data and status.  Each is judged
+        on the one copy of its descriptors that is taken (S18).  The other shapes
+        are `_decode`'s.  Raises ChainError.
+        """
+        table, last_row = self._descriptors, 16 * (self.size - 3)
+        home, base, room, indirect = self._home, self._home_base, self._home_size, self._indirect
+        for chain in chains:
+            if chain.in_flight:
+                raise errors.HeadInFlight(self.index, chain.head)
+            chain.in_flight = True
+            address, length, link = _ONE(table, chain.offset)
+            start = address - base
+            end = start + length
+            if start < 0 or not length or end > room:
+                self._decode(chain)
+                continue
+            row = chain.row
+            if link == row and chain.offset <= last_row:
+                address1, length1, link1, address2, length2, flags2, _ = _TWO(table, chain.offset + 16)
+            elif not link & _NEXT_OR_INDIRECT:
+                if link & VRING_DESC_F_WRITE:
+                    chain.readable, chain.writable = (), (home[start:end],)
+                    chain.readable_length, chain.writable_length = 0, length
+                else:
+                    chain.readable, chain.writable = (home[start:end],), ()
+                    chain.readable_length, chain.writable_length = length, 0
+                continue
+            elif link & 0xFFFF == VRING_DESC_F_INDIRECT and length == _THREE_SIZE and indirect:
+                address, length, link, address1, length1, link1, address2, length2, flags2, _ = _THREE(home, start)
+                start = address - base
+                end = start + length
+                row = _FIRST_ROW
+            else:
+                self._decode(chain)
+                continue
+            start1 = address1 - base
+            start2 = address2 - base
+            end1 = start1 + length1
+            end2 = start2 + length2
+            if (
+                link == row and flags2 == VRING_DESC_F_WRITE and length and length1 and length2
+                and start >= 0 and start1 >= 0 and start2 >= 0 and end <= room and end1 <= room and end2 <= room
+                and length + length1 + length2 <= LENGTH_MAX
+            ):  # fmt: skip
+                if link1 == row + _NEXT_ROW_WRITE:
+                    chain.readable, chain.writable = (home[start:end],), (home[start1:end1], home[start2:end2])
+                    chain.readable_length, chain.writable_length = length, length1 + length2
+                    continue
+                if link1 == row + _NEXT_ROW:
+                    chain.readable, chain.writable = (home[start:end], home[start1:end1]), (home[start2:end2],)
+                    chain.readable_length, chain.writable_length = length + length1, length2
+                    continue
+            self._decode(chain)
 
     def put_back(self, chains: Sequence[Chain]) -> None:
         """Return *chains*, the last ones popped and none of them begun, to the available ring."""
@@ -167,12 +229,16 @@ class SplitDeviceQueue:
         self._used_idx[0] = used
         chain.in_flight = False
 
-    def push_many(self, done: Iterable[tuple[Chain, int]]) -> None:
-        """`push` for each of *done*, with used.idx moved once, at the end."""
+    def push_many(self, chains: Sequence[Chain]) -> None:
+        """`push` each of *chains*, its `written` set, with used.idx moved once, at the end.
+
+        Of chains that are refused, and those after them, none is returned.
+        """
         used, mask, ring = self._used, self._mask, self._used_ring
         try:
-            for chain, written in done:
-                if not chain.in_flight or written > chain.writable_length:
+            for chain in chains:
+                written = chain.written
+                if written > chain.writable_length or not chain.in_flight:
                     raise self._refuse(chain, written)
                 slot = (used & mask) << 1
                 ring[slot] = chain.head
@@ -243,43 +309,14 @@ class SplitDeviceQueue:
             view.release()
         self._memory.release()
 
-    def _decode(self, chain: Chain, table: bytes) -> None:
-        """Check the chain at *chain*'s head in *table* and give it its buffers.
-
-        The short cut takes direct descriptors that lie in a row, hold something,
-        and are in one region, which is what drivers make; `walk` does the rest.
-        """
-        base, size, home = self._home_base, self._home_size, self._home
-        readable: list[memoryview] = []
-        writable: list[memoryview] = []
-        read = written = 0
-        index: int = chain.head
-        while True:
-            address, length, flags, following = DESCRIPTOR.unpack_from(table, index << 4)
-            start = address - base
-            if flags & VRING_DESC_F_INDIRECT or start < 0 or not 0 < length <= size - start:
-                break
-            if flags & VRING_DESC_F_WRITE:
-                writable.append(home[start : start + length])
-                written += length
-            elif writable:
-                break
-            else:
-                readable.append(home[start : start + length])
-                read += length
-            index += 1
-            if not flags & VRING_DESC_F_NEXT:
-                if read + written > LENGTH_MAX:
-                    break
-                chain.readable, chain.writable = tuple(readable), tuple(writable)
-                chain.readable_length, chain.writable_length = read, written
-                chain.decoded = table[chain.head << 4 : index << 4]
-                return
-            if following != index or index == self.size:
-                break
-        chain.decoded = self._undecoded
-        readable, writable, read, written = walk(
-            self.index, chain.head, table, self.size, self._memory, self._indirect
-        )
+    def _decode(self, chain: Chain) -> None:
+        """Check the chain at *chain*'s head and give it its buffers, whatever its shape."""
+        try:
+            readable, writable, read, written = walk(
+                self.index, chain.head, self._descriptors, self.size, self._memory, self._indirect
+            )
+        except errors.ChainError:
+            chain.in_flight = False
+            raise
         chain.readable, chain.writable = tuple(readable), tuple(writable)
         chain.readable_length, chain.writable_length = read, written

@@ -41,10 +41,10 @@ class BlockBackend(Protocol):
         """What get-id answers: at most 20 bytes."""
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Fill *buffers* from byte *offset*; return the bytes read."""
+        """Read into *buffers* from byte *offset*; return the bytes read, which may be fewer."""
 
     def write(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Write *buffers* at byte *offset*; return the bytes written."""
+        """Write *buffers* at byte *offset*; return the bytes written, which may be fewer."""
 
     def flush(self) -> None:
         """Return when all that was written is on stable storage."""
@@ -153,17 +153,24 @@ class Block(Device):
             raise _Refused(abi.VIRTIO_BLK_S_IOERR)
 
     def _read(self, sector: int, data: Buffers, length: int) -> int:
-        offset = self._extent(sector, length)
-        if length and self._backend.read(data, offset) != length:
-            raise _Refused(abi.VIRTIO_BLK_S_IOERR)
+        self._transfer(self._backend.read, data, self._extent(sector, length), length)
         return length
 
     def _write(self, sector: int, payload: Buffers, length: int) -> int:
         self._writable()
-        offset = self._extent(sector, length)
-        if length and self._backend.write(payload, offset) != length:
-            raise _Refused(abi.VIRTIO_BLK_S_IOERR)
+        self._transfer(self._backend.write, payload, self._extent(sector, length), length)
         return 0
+
+    @staticmethod
+    def _transfer(
+        call: Callable[[Sequence[memoryview], int], int], buffers: Buffers, offset: int, length: int
+    ) -> None:
+        done = call(buffers, offset) if length else 0
+        while done < length:
+            more = call(part(buffers, done, length - done), offset + done)
+            if not more:
+                raise _Refused(abi.VIRTIO_BLK_S_IOERR)
+            done += more
 
     def _flush(self, sector: int, payload: Buffers, data: Buffers) -> int:
         self._backend.flush()
@@ -177,8 +184,8 @@ class Block(Device):
             done += len(piece)
         return done
 
-    def _segments(self, payload: Buffers) -> list[tuple[int, int, int]]:
-        """The one segment offered in the config space, checked: offset, length, flags (5.2.6.2)."""
+    def _segment(self, payload: Buffers) -> tuple[int, int, int]:
+        """The one segment that the config space allows: offset, length, flags (5.2.6.2)."""
         self._writable()
         raw = b"".join(part(payload, 0, _SEGMENT.size + 1))
         if len(raw) != _SEGMENT.size:
@@ -188,18 +195,18 @@ class Block(Device):
             raise _Refused(abi.VIRTIO_BLK_S_UNSUPP)
         if sectors > SEGMENT_SECTORS_MAX:
             raise _Refused(abi.VIRTIO_BLK_S_IOERR)
-        return [(self._extent(sector, sectors * SECTOR), sectors * SECTOR, flags)]
+        return self._extent(sector, sectors * SECTOR), sectors * SECTOR, flags
 
     def _discard(self, sector: int, payload: Buffers, data: Buffers) -> int:
-        for offset, length, flags in self._segments(payload):
-            if flags:
-                raise _Refused(abi.VIRTIO_BLK_S_UNSUPP)
-            if length:
-                self._backend.discard(offset, length)
+        offset, length, flags = self._segment(payload)
+        if flags:
+            raise _Refused(abi.VIRTIO_BLK_S_UNSUPP)
+        if length:
+            self._backend.discard(offset, length)
         return 0
 
     def _write_zeroes(self, sector: int, payload: Buffers, data: Buffers) -> int:
-        for offset, length, flags in self._segments(payload):
-            if length:
-                self._backend.write_zeroes(offset, length, bool(flags))
+        offset, length, flags = self._segment(payload)
+        if length:
+            self._backend.write_zeroes(offset, length, bool(flags))
         return 0

@@ -1,0 +1,92 @@
+"""A disk in a file: raw, read and written in place, never grown (T22, T24)."""
+
+import errno
+import os
+import stat
+from collections.abc import Sequence
+
+from lguestlib.abi.fallocate import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    FALLOC_FL_ZERO_RANGE,
+    fallocate,
+)
+from lguestlib.abi.uio import UIO_MAXIOV
+from lguestlib.runtime.trace import Tracer
+from lguestlib.virtio.devices.block import SECTOR
+
+_ZEROES = bytes(65536)
+
+
+class FileDisk:
+    """A raw image, or a block device, at *path*.
+
+    Bytes past the last whole sector are out of the guest's sight.  Raises OSError
+    for what cannot be opened, ValueError for what cannot be a disk.
+    """
+
+    def __init__(self, path: str, read_only: bool = False, tracer: Tracer | None = None) -> None:
+        self.path = path
+        self.read_only = read_only
+        self.tracer = tracer
+        # O_NONBLOCK: opening a FIFO by mistake must not wait for its other end.
+        mode = os.O_RDONLY if read_only else os.O_RDWR
+        self.fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK)
+        try:
+            kind = os.fstat(self.fd).st_mode
+            if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+                raise ValueError(f"{path}: neither a regular file nor a block device")
+            self.size = os.lseek(self.fd, 0, os.SEEK_END) // SECTOR * SECTOR
+            if not self.size:
+                raise ValueError(f"{path}: shorter than one sector of {SECTOR} bytes (truncate -s 1M makes it longer)")
+        except BaseException:
+            os.close(self.fd)
+            raise
+
+    @property
+    def identity(self) -> bytes:
+        """The last bytes of the file's name."""
+        return os.path.basename(self.path).encode()[-20:]
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Read into *buffers* from byte *offset*; may be short."""
+        if len(buffers) > UIO_MAXIOV:
+            buffers = buffers[:UIO_MAXIOV]
+        if self.tracer is None:
+            return os.preadv(self.fd, buffers, offset)
+        return self.tracer.traced("preadv", "disk", os.preadv, self.fd, buffers, offset)
+
+    def write(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Write *buffers* at byte *offset*; may be short."""
+        if len(buffers) > UIO_MAXIOV:
+            buffers = buffers[:UIO_MAXIOV]
+        if self.tracer is None:
+            return os.pwritev(self.fd, buffers, offset)
+        return self.tracer.traced("pwritev", "disk", os.pwritev, self.fd, buffers, offset)
+
+    def flush(self) -> None:
+        """fdatasync(2): what was written is on stable storage."""
+        if self.tracer is None:
+            os.fdatasync(self.fd)
+        else:
+            self.tracer.traced("fdatasync", "disk", os.fdatasync, self.fd)
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give the range's blocks back.  Raises OSError (EOPNOTSUPP) where the file system cannot."""
+        fallocate(self.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, length)
+
+    def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+        """Zero the range: by the file system where it can, else by writing."""
+        mode = FALLOC_FL_PUNCH_HOLE if unmap else FALLOC_FL_ZERO_RANGE
+        try:
+            fallocate(self.fd, mode | FALLOC_FL_KEEP_SIZE, offset, length)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+                raise
+            end = offset + length
+            while offset < end:
+                offset += os.pwrite(self.fd, _ZEROES[: end - offset], offset)
+
+    def close(self) -> None:
+        """Close the file."""
+        os.close(self.fd)

@@ -1,0 +1,164 @@
+"""A machine: guest memory, devices at work on it, and one thread that is the guest.
+
+What runs the guest, and how its notifications and interrupts travel, is the
+subclass's: `lguestlib.runtime.kvm`, `lguestlib.runtime.inprocess`.
+"""
+
+import os
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from lguestlib.abi.eventfd import BYTES, SIGNAL, eventfd
+from lguestlib.abi.signals import install_interrupt_handler, interrupt_thread
+from lguestlib.memory.address import GuestAddress
+from lguestlib.memory.guest import GuestMemory
+from lguestlib.runtime.device_runner import DeviceRunner
+from lguestlib.runtime.trace import Tracer
+from lguestlib.virtio.device import Device
+from lguestlib.virtio.mmio import REGION_SIZE
+
+DEVICES_AT = GuestAddress(0xD000_0000)
+"""Guest-physical address of the first device's registers; the others follow."""
+
+
+@dataclass(frozen=True)
+class PowerOff:
+    """The guest has switched the machine off, with its verdict as exit status."""
+
+    verdict: int = 0
+
+
+@dataclass(frozen=True)
+class Reboot:
+    """The guest wants to start over."""
+
+
+@dataclass(frozen=True)
+class Stopped:
+    """The machine was stopped from outside."""
+
+
+@dataclass(frozen=True)
+class Crash:
+    """The guest cannot go on; *reason* is one line."""
+
+    reason: str
+
+
+Outcome = PowerOff | Reboot | Stopped | Crash
+
+
+class Machine(ABC):
+    """Owns *memory*, the devices' threads and the guest's thread; `close` ends them all.
+
+    *report* is given lines for people: a device that failed, the guest's last
+    words.  With *tracer* the queue threads' system calls are recorded.
+    """
+
+    hypervisor: str
+    """The name it goes by on a command line."""
+
+    def __init__(
+        self, memory: GuestMemory, report: Callable[[str], None], tracer: Tracer | None = None
+    ) -> None:
+        self.memory = memory
+        self.report = report
+        self.tracer = tracer
+        self.runners: list[DeviceRunner] = []
+        self._outcome: Outcome | None = None
+        self._ended = eventfd()
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="guest", daemon=True)
+
+    def add(self, device: Device) -> DeviceRunner:
+        """Put *device* on the bus, behind those before it.  Raises ValueError if the bus is full."""
+        runner = DeviceRunner(device, self.memory, self.report, self.tracer)
+        try:
+            self._attach(runner, len(self.runners))
+        except BaseException:
+            runner.close()
+            raise
+        self.runners.append(runner)
+        return runner
+
+    def address_of(self, slot: int) -> GuestAddress:
+        """The guest-physical address of the registers of the device in *slot*."""
+        return GuestAddress(DEVICES_AT + slot * REGION_SIZE)
+
+    def access(self, address: int) -> tuple[DeviceRunner, int] | None:
+        """The device whose registers hold guest-physical *address*, and the offset into them."""
+        slot, offset = divmod(address - DEVICES_AT, REGION_SIZE)
+        return (self.runners[slot], offset) if 0 <= slot < len(self.runners) else None
+
+    @abstractmethod
+    def _attach(self, runner: DeviceRunner, slot: int) -> None:
+        """Connect the device's kicks and interrupt with the guest."""
+
+    @abstractmethod
+    def _enter(self) -> Outcome:
+        """Be the guest, on the guest's thread, until it ends or `_leave` is called."""
+
+    @abstractmethod
+    def _leave(self) -> None:
+        """Make `_enter` return soon; called on another thread, perhaps several times."""
+
+    def start(self) -> None:
+        """Start the guest's thread."""
+        install_interrupt_handler()
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._outcome = self._enter()
+        except Exception as error:
+            self._outcome = Crash(f"{type(error).__name__}: {error}")
+        os.write(self._ended, SIGNAL)
+
+    def wait(self) -> Outcome:
+        """Sleep until the guest ends; Python signal handlers run meanwhile on the main thread."""
+        os.read(self._ended, BYTES)
+        os.write(self._ended, SIGNAL)
+        return self._outcome or Stopped()
+
+    def request_stop(self) -> None:
+        """Ask the guest's thread to end with `Stopped`, and return at once."""
+        self._stopping = True
+        os.write(self._ended, SIGNAL)
+
+    def stop(self) -> None:
+        """End the guest's thread, then the devices'; return when they are gone."""
+        self._stopping = True
+        patience = 0.001
+        while self._thread.is_alive():
+            self._leave()
+            if self._thread.native_id is not None:
+                interrupt_thread(self._thread.native_id)
+            self._thread.join(patience)
+            patience = min(2 * patience, 0.02)
+        for runner in self.runners:
+            runner.stop()
+
+    def close(self) -> None:
+        """Stop everything and give back every descriptor and mapping."""
+        self.stop()
+        self._detach()
+        for runner in self.runners:
+            runner.close()
+        self.runners.clear()
+        os.close(self._ended)
+        self.memory.close()
+
+    def _detach(self) -> None:
+        """Give back what the hypervisor holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,152 @@
+"""A virtqueue is a thread: it sleeps in one blocking call, works, and interrupts the guest itself."""
+
+import threading
+from collections.abc import Callable, Sequence
+
+from lguestlib.abi.prctl import name_thread
+from lguestlib.abi.signals import install_interrupt_handler, interrupt_thread
+from lguestlib.runtime.counters import QueueCounters
+from lguestlib.runtime.interrupt import Interrupt
+from lguestlib.runtime.kick import Kick
+from lguestlib.virtio.chain import Chain
+from lguestlib.virtio.device import Queue, SourceEnded
+from lguestlib.virtio.split_device import SplitDeviceQueue
+
+SIGNAL_EVERY = 8
+"""Chains returned before the driver is told of them while more wait: steadier and cheaper than each."""
+
+_STOP_RETRY_SECONDS = 0.001
+_STOP_RETRY_SECONDS_MAX = 0.02
+
+
+class QueueThread:
+    """Serves *ring* with *queue*'s service function until stopped, or until it fails.
+
+    It sleeps on *kick*, or inside a service that waits for the outside.
+    *on_failure* is called on the thread, as its last act, with the exception
+    that ended it.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        queue: Queue,
+        ring: SplitDeviceQueue,
+        kick: Kick,
+        interrupt: Interrupt,
+        counters: QueueCounters,
+        on_failure: Callable[["QueueThread", Exception], None],
+    ) -> None:
+        self.name = name
+        self.counters = counters
+        self._queue = queue
+        self._ring = ring
+        self._kick = kick
+        self._interrupt = interrupt
+        self._on_failure = on_failure
+        self._stopping = False
+        # A received packet is told of before the next one is waited for; other work, every few.
+        self._signal_every = 1 if queue.from_outside else SIGNAL_EVERY
+        self._unsignalled = 0
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start serving: the ring is looked at once without a kick (T8)."""
+        install_interrupt_handler()
+        self._thread.start()
+
+    def request_stop(self) -> None:
+        """Ask the thread to stop and return at once.  Any thread may, this one included."""
+        self._stopping = True
+        self._kick.signal()
+
+    def stop(self) -> None:
+        """Stop the thread and return when it has let go of the ring.
+
+        What it has begun is finished and returned to the driver; what it has not
+        goes back to the available ring.  A service asleep in an interruptible
+        call is woken by a signal, repeated until the thread is gone, because one
+        that comes just before the call is lost.
+        """
+        self.request_stop()
+        patience = _STOP_RETRY_SECONDS
+        while self._thread.is_alive():
+            if self._thread.native_id is not None:
+                interrupt_thread(self._thread.native_id)
+            self._thread.join(patience)
+            patience = min(2 * patience, _STOP_RETRY_SECONDS_MAX)
+        self._ring.release()
+
+    def _run(self) -> None:
+        name_thread(self.name)
+        try:
+            self._serve()
+        except Exception as error:
+            self.counters.errors += 1
+            self._on_failure(self, error)
+
+    def _serve(self) -> None:
+        ring, kick, counters = self._ring, self._kick, self.counters
+        ring.disable_notifications()
+        try:
+            while not self._stopping:
+                chains = ring.pop_many()
+                if chains:
+                    self._serve_chains(chains)
+                    continue
+                self._signal()
+                if ring.enable_notifications():
+                    continue
+                counters.kicks += kick.wait()
+                counters.wakeups += 1
+                ring.disable_notifications()
+        finally:
+            self._signal()
+
+    def _serve_chains(self, chains: Sequence[Chain]) -> None:
+        """Serve *chains* in order; those it does not come to go back to the available ring."""
+        service, every = self._queue.service, self._signal_every
+        served = returned = 0
+        source_ended = False
+        try:
+            for chain in chains:
+                if self._stopping:
+                    break
+                chain.written = service(chain)
+                served += 1
+                if served - returned == every:
+                    self._return(chains[returned:served])
+                    returned = served
+                    self._signal()
+        except InterruptedError:
+            pass
+        except SourceEnded:
+            source_ended = True
+        finally:
+            self._return(chains[returned:served])
+            self._ring.put_back(chains[served:])
+        if source_ended:
+            self._rest()
+
+    def _return(self, chains: Sequence[Chain]) -> None:
+        """Give *chains* back to the driver, who may have to be told yet."""
+        counters = self.counters
+        self._ring.push_many(chains)
+        self._unsignalled += len(chains)
+        counters.chains += len(chains)
+        for chain in chains:
+            counters.bytes += chain.readable_length + chain.written
+
+    def _signal(self) -> None:
+        """Interrupt the guest if it wants to be told of what was returned to it."""
+        if self._ring.should_interrupt():
+            self.counters.interrupts += 1
+            self._interrupt.signal()
+        elif self._unsignalled:
+            self.counters.suppressed += 1
+        self._unsignalled = 0
+
+    def _rest(self) -> None:
+        """Nothing more will come from outside: sleep until stopped."""
+        while not self._stopping:
+            self._kick.wait()
