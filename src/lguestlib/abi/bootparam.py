@@ -3,7 +3,7 @@
 import ctypes
 from typing import Annotated
 
-from lguestlib.abi.layout import PackedStructure, u8, u16, u32, u64
+from lguestlib.abi.layout import PackedStructure, Structure, u8, u16, u32, u64
 
 BOOT_FLAG = 0xAA55
 """setup_header.boot_flag of every kernel image."""
@@ -28,6 +28,11 @@ E820_TYPE_RAM = 1
 E820_TYPE_RESERVED = 2
 E820_TYPE_ACPI = 3
 E820_TYPE_NVS = 4
+
+SETUP_NONE = 0
+SETUP_E820_EXT = 1
+SETUP_DTB = 2
+SETUP_RNG_SEED = 9
 
 
 class setup_header(PackedStructure):
@@ -72,6 +77,17 @@ class setup_header(PackedStructure):
     init_size: u32
     handover_offset: u32
     kernel_info_offset: u32
+
+
+class setup_data(Structure):
+    """asm/bootparam.h: the head of a node in the list from setup_header.setup_data; *len* bytes follow.
+
+    *next* is guest-physical, 0 at the list's end.
+    """
+
+    next: u64
+    type: u32
+    len: u32
 
 
 class boot_e820_entry(PackedStructure):

@@ -4,9 +4,13 @@ The calls themselves are the standard library's (`os.eventfd`, `os.read`,
 `os.write`): they cost half of what ctypes does.
 """
 
+import ctypes
 import os
+import sys
 
-SIGNAL = (1).to_bytes(8, "little")
+from lguestlib.abi.libc import failure, fitting, missing
+
+SIGNAL = (1).to_bytes(8, sys.byteorder)
 """The eight bytes that add one to an eventfd: ``os.write(fd, SIGNAL)``."""
 
 BYTES = 8
@@ -14,11 +18,14 @@ BYTES = 8
 
 
 def eventfd(initial: int = 0) -> int:
-    """A new blocking, close-on-exec eventfd whose counter is *initial*.
+    """A new blocking, close-on-exec eventfd whose counter is *initial*, of 32 bits.
 
-    Raises OSError (EMFILE, ENFILE, ENOMEM).
+    Raises OSError (EMFILE, ENFILE, ENOMEM), OverflowError.
     """
+    if not hasattr(os, "eventfd"):
+        raise missing("eventfd")
+    fitting(initial, ctypes.c_uint, "eventfd counter")
     try:
         return os.eventfd(initial, os.EFD_CLOEXEC)
     except OSError as error:
-        raise OSError(error.errno, f"eventfd: {error.strerror}") from None
+        raise failure(error.errno or 0, "eventfd") from None

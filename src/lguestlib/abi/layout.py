@@ -11,16 +11,21 @@ array.  A type checker reads an integer field as ``int``; ctypes gets
 >>> vring_used_elem(id=1, len=2).len, ctypes.sizeof(vring_used_elem)
 (2, 8)
 
-Structures are named as the kernel's headers name them.
+Structures are named as the kernel's headers name them.  An integer assigned to a
+field is cut to its width, as in C: what came from outside is checked first (S16).
+
+A module that declares structures cannot use ``from __future__ import
+annotations``, which would leave only the names of the types.
 """
 
 import ctypes
 from typing import TYPE_CHECKING, Annotated, get_args
 
 if TYPE_CHECKING:
-    from _ctypes import _PyCStructType as _StructureType, _UnionType
-else:
-    _StructureType, _UnionType = type(ctypes.Structure), type(ctypes.Union)
+    from _ctypes import _PyCStructType as _LittleEndianType, _PyCStructType as _NativeType, _UnionType
+else:  # they differ on a big-endian machine
+    _LittleEndianType, _NativeType = type(ctypes.LittleEndianStructure), type(ctypes.Structure)
+    _UnionType = type(ctypes.Union)
 
 u8 = Annotated[int, ctypes.c_uint8]
 u16 = Annotated[int, ctypes.c_uint16]
@@ -47,7 +52,13 @@ def _declare(cls: type) -> None:
         setattr(cls, "_fields_", fields)
 
 
-class _DeclaredStructure(_StructureType):
+class _DeclaredLittleEndian(_LittleEndianType):
+    def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, object]) -> None:
+        super().__init__(name, bases, namespace)
+        _declare(cls)
+
+
+class _DeclaredNative(_NativeType):
     def __init__(cls, name: str, bases: tuple[type, ...], namespace: dict[str, object]) -> None:
         super().__init__(name, bases, namespace)
         _declare(cls)
@@ -59,19 +70,23 @@ class _DeclaredUnion(_UnionType):
         _declare(cls)
 
 
-class Structure(ctypes.LittleEndianStructure, metaclass=_DeclaredStructure):
-    """A C ``struct`` with the ABI's natural alignment, little-endian."""
+class Structure(ctypes.LittleEndianStructure, metaclass=_DeclaredLittleEndian):
+    """A C ``struct`` of the wire or of a file: the ABI's natural alignment, little-endian."""
 
 
-class PackedStructure(ctypes.LittleEndianStructure, metaclass=_DeclaredStructure):
+class PackedStructure(ctypes.LittleEndianStructure, metaclass=_DeclaredLittleEndian):
     """A C ``struct`` with ``__attribute__((packed))``, little-endian."""
 
     _pack_ = 1
     _layout_ = "ms"
 
 
+class NativeStructure(ctypes.Structure, metaclass=_DeclaredNative):
+    """A C ``struct`` between this process and its kernel: natural alignment, the machine's byte order."""
+
+
 class Union(ctypes.Union, metaclass=_DeclaredUnion):
-    """A C ``union``."""
+    """A C ``union`` between this process and its kernel, in the machine's byte order."""
 
 
 def offset_of(structure: type[ctypes.Structure] | type[ctypes.Union], field: str) -> int:

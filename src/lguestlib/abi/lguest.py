@@ -6,6 +6,9 @@ LHREQ_INITIALIZE = 0
 LHREQ_IRQ = 2
 LHREQ_EVENTFD = 4
 
+LGUEST_IRQS = 32
+"""Interrupts of a guest: 0 is its timer, devices have the others (asm/lguest_hcall.h)."""
+
 LGUEST_VRING_ALIGN = 4096
 """Bytes each ring starts at a multiple of, in the legacy layout."""
 

@@ -2,11 +2,11 @@
 
 from lguestlib.abi.libc import check, syscall
 
+SYS_membarrier = (324, 375, 283)
+
 MEMBARRIER_CMD_QUERY = 0
 MEMBARRIER_CMD_PRIVATE_EXPEDITED = 1 << 3
 MEMBARRIER_CMD_REGISTER_PRIVATE_EXPEDITED = 1 << 4
-
-_NUMBERS = (324, 375, 283)
 
 
 def membarrier(command: int) -> int:
@@ -16,4 +16,4 @@ def membarrier(command: int) -> int:
     every one after it; the process must have registered once.  Raises OSError
     (ENOSYS, EINVAL, EPERM when not registered).
     """
-    return check(syscall(_NUMBERS, command, 0, 0), "membarrier", command)
+    return check(syscall(SYS_membarrier, command, 0, 0), "membarrier", hex(command))

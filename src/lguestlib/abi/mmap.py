@@ -1,8 +1,8 @@
-"""mmap(2) beyond the standard library's `mmap.mmap`: protections, advice, addresses."""
+"""mmap(2) beyond the standard library's `mmap.mmap`, asm/mman.h: addresses and protections."""
 
 import ctypes
 
-from lguestlib.abi.libc import check, function
+from lguestlib.abi.libc import check, fitting, function
 
 PROT_NONE = 0
 PROT_READ = 1
@@ -23,6 +23,12 @@ def address_of(buffer: memoryview) -> int:
 
 
 def mprotect(address: int, length: int, protection: int) -> None:
-    """Set the protection of the pages at *address*, *length* bytes.  Raises OSError."""
+    """Set the protection of the pages at *address*, *length* bytes.
+
+    Raises OSError (EINVAL for an address off a page boundary, ENOMEM where
+    nothing is mapped), OverflowError for what no address space has room for.
+    """
     call = function("mprotect", ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    fitting(address, ctypes.c_size_t, "mprotect address")
+    fitting(length, ctypes.c_size_t, "mprotect length")
     check(call(address, length, protection), "mprotect", hex(address))

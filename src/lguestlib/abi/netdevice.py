@@ -1,12 +1,15 @@
-"""Network interfaces, linux/if.h, linux/in.h and linux/sockios.h."""
+"""Network interfaces, linux/if.h, linux/in.h, linux/if_arp.h and linux/sockios.h."""
 
 import ctypes
 from typing import Annotated
 
-from lguestlib.abi.layout import Structure, Union, i32, pointer, u8, u16, ulong
+from lguestlib.abi.layout import NativeStructure, Union, i32, pointer, u8, u16, ulong
 
 IFNAMSIZ = 16
 """Bytes of an interface's name, its NUL included."""
+
+ARPHRD_ETHER = 1
+"""The family of an Ethernet address in a sockaddr."""
 
 IFF_UP = 1 << 0
 IFF_BROADCAST = 1 << 1
@@ -21,6 +24,8 @@ SIOCGIFFLAGS = 0x8913
 SIOCSIFFLAGS = 0x8914
 SIOCGIFADDR = 0x8915
 SIOCSIFADDR = 0x8916
+SIOCGIFBRDADDR = 0x8919
+SIOCSIFBRDADDR = 0x891A
 SIOCGIFNETMASK = 0x891B
 SIOCSIFNETMASK = 0x891C
 SIOCGIFMTU = 0x8921
@@ -31,20 +36,20 @@ SIOCGIFHWADDR = 0x8927
 SIOCGIFINDEX = 0x8933
 
 
-class sockaddr(Structure):
+class sockaddr(NativeStructure):
     """sys/socket.h: any address; a hardware address is the first bytes of *sa_data*."""
 
     sa_family: u16
     sa_data: Annotated[ctypes.Array[ctypes.c_uint8], ctypes.c_uint8 * 14]
 
 
-class in_addr(Structure):
+class in_addr(NativeStructure):
     """linux/in.h: an IPv4 address in network order, as `socket.inet_aton` returns it."""
 
     s_addr: Annotated[ctypes.Array[ctypes.c_uint8], ctypes.c_uint8 * 4]
 
 
-class sockaddr_in(Structure):
+class sockaddr_in(NativeStructure):
     """linux/in.h: an IPv4 address; *sin_port* in network order."""
 
     sin_family: u16
@@ -53,7 +58,7 @@ class sockaddr_in(Structure):
     sin_zero: Annotated[ctypes.Array[ctypes.c_uint8], ctypes.c_uint8 * 8]
 
 
-class ifmap(Structure):
+class ifmap(NativeStructure):
     """linux/if.h: a device's mapping, the largest member of ifreq."""
 
     mem_start: ulong
@@ -82,7 +87,7 @@ class ifreq_ifru(Union):
     ifru_data: pointer
 
 
-class ifreq(Structure):
+class ifreq(NativeStructure):
     """linux/if.h: the argument of requests on the interface *ifr_name*."""
 
     ifr_name: Annotated[bytes, ctypes.c_char * IFNAMSIZ]

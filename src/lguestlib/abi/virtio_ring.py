@@ -1,4 +1,4 @@
-"""The split virtqueue, linux/virtio_ring.h (virtio 1.3, 2.7)."""
+"""The split and the packed virtqueue, linux/virtio_ring.h (virtio 1.3, 2.7 and 2.8)."""
 
 from lguestlib.abi.layout import Structure, u16, u32, u64
 
@@ -11,6 +11,18 @@ VRING_DESC_F_INDIRECT = 4
 
 VRING_AVAIL_F_NO_INTERRUPT = 1
 VRING_USED_F_NO_NOTIFY = 1
+
+VRING_PACKED_DESC_F_AVAIL = 7
+VRING_PACKED_DESC_F_USED = 15
+"""Numbers of the bits in vring_packed_desc.flags whose meaning turns with the wrap counters."""
+
+VRING_PACKED_EVENT_FLAG_ENABLE = 0
+VRING_PACKED_EVENT_FLAG_DISABLE = 1
+VRING_PACKED_EVENT_FLAG_DESC = 2
+"""Values of vring_packed_desc_event.flags."""
+
+VRING_PACKED_EVENT_F_WRAP_CTR = 15
+"""Number of the bit in vring_packed_desc_event.off_wrap that is a wrap counter."""
 
 VRING_DESC_ALIGN_SIZE = 16
 VRING_AVAIL_ALIGN_SIZE = 2
@@ -51,3 +63,19 @@ class vring_used(Structure):
 
     flags: u16
     idx: u16
+
+
+class vring_packed_desc(Structure):
+    """linux/virtio_ring.h: a buffer of the packed ring; the driver writes it, the device writes it over."""
+
+    addr: u64
+    len: u32
+    id: u16
+    flags: u16
+
+
+class vring_packed_desc_event(Structure):
+    """linux/virtio_ring.h: when its one writer, the driver or the device, wants to be told."""
+
+    off_wrap: u16
+    flags: u16

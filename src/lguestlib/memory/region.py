@@ -2,6 +2,7 @@
 
 import mmap
 import os
+import sys
 from typing import Self
 
 from lguestlib.abi import memfd as abi_memfd
@@ -17,7 +18,9 @@ class Region:
     Made by `anonymous`, `memfd` or `from_fd`; released by `close`, and not before.
     """
 
-    def __init__(self, base: GuestAddress, size: int, mapping: mmap.mmap, skip: int = 0, fd: int = -1) -> None:
+    def __init__(
+        self, base: GuestAddress, size: int, mapping: mmap.mmap, skip: int = 0, fd: int = -1
+    ) -> None:
         self.base = base
         self.size = size
         self.fd = fd
@@ -26,7 +29,7 @@ class Region:
         self._skip = skip
         with memoryview(mapping) as view:
             self.host_address = HostAddress(address_of(view) + skip)
-            """Where *base* is mapped in this process."""
+            """Where *base* is mapped in this process, until `close`."""
 
     @classmethod
     def anonymous(cls, base: GuestAddress, size: int) -> Self:
@@ -36,10 +39,15 @@ class Region:
 
     @classmethod
     def memfd(cls, base: GuestAddress, size: int, name: str = "guest-memory") -> Self:
-        """Shared zeroed memory behind a new memfd (`fd`), for handing to another process."""
+        """Shared zeroed memory behind a new memfd (`fd`), for handing to another process.
+
+        Sealed against shrinking: who is handed it cannot take pages away from
+        under this process.  Raises ValueError for a bad range, OSError (ENOMEM, EMFILE).
+        """
         _check_range(base, size)
         fd = abi_memfd.memfd(name, size)
         try:
+            abi_memfd.add_seals(fd, abi_memfd.F_SEAL_SHRINK)
             return cls(base, size, mmap.mmap(fd, size), fd=fd)
         except BaseException:
             os.close(fd)
@@ -47,10 +55,11 @@ class Region:
 
     @classmethod
     def from_fd(cls, base: GuestAddress, size: int, fd: int, offset: int = 0) -> Self:
-        """Shared memory that is *size* bytes at byte *offset* of the file *fd*.
+        """Shared memory that is *size* bytes at byte *offset* of the file *fd*, page-aligned or not.
 
         The descriptor stays the caller's.  Raises ValueError where the file does
-        not hold the range: touching a page past its end would be a SIGBUS.
+        not hold the range, because touching a page past its end would be a SIGBUS
+        (T13); OSError where it cannot be mapped for reading and writing (EACCES).
         """
         _check_range(base, size)
         held = os.fstat(fd).st_size
@@ -65,22 +74,30 @@ class Region:
         return GuestAddress(self.base + self.size)
 
     def view(self) -> memoryview:
-        """A new view of the whole region, sharing no state with any other.
+        """A new view of the whole region, sharing no state with any other (Y6).
 
         Each thread slices a view of its own: on a free-threaded interpreter,
-        slicing one memoryview from several threads is not safe.
+        slicing one memoryview from several threads is not safe.  Raises
+        ValueError when the region is closed.
         """
         whole = memoryview(self._mapping)
         return whole[self._skip :] if self._skip else whole
 
     def close(self) -> None:
-        """Unmap.  Raises BufferError, and unmaps nothing, while a view of it lives."""
-        self._mapping.close()
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        """Give back the memfd and unmap; closing again is no error.
+
+        Raises BufferError, and unmaps nothing, while a view of it lives (Y4): close
+        again when it is gone.
+        """
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+        try:
+            self._mapping.close()
+        except BufferError:
+            raise BufferError(f"memory region at {self.base:#x}: a view of it is still in use") from None
 
 
 def _check_range(base: int, size: int) -> None:
-    if size <= 0 or base < 0 or size > _TOP - base:
+    if size <= 0 or size > sys.maxsize or base < 0 or size > _TOP - base:
         raise ValueError(f"memory region: no range of {size:#x} bytes at guest-physical {base:#x}")

@@ -16,23 +16,30 @@ from lguestlib.virtio.mmio import DriverReady, Effect, MmioTransport, Notify, Qu
 from lguestlib.virtio.split_device import SplitDeviceQueue
 from lguestlib.virtio.status import Status
 
+_FINISH_LOOK_SECONDS = 0.05
+
 
 class DeviceRunner:
     """Runs *device* on guest *memory* as its driver asks through `transport`.
 
     Kicks and the interrupt live as long as the runner; threads and rings from
     DRIVER_OK to the next reset.  *report* is given a line for people when the
-    device fails.
+    device fails.  *interrupt_fd*, if there is one to use, becomes the runner's.
     """
 
     def __init__(
-        self, device: Device, memory: GuestMemory, report: Callable[[str], None], tracer: Tracer | None = None
+        self,
+        device: Device,
+        memory: GuestMemory,
+        report: Callable[[str], None],
+        tracer: Tracer | None = None,
+        interrupt_fd: int | None = None,
     ) -> None:
         self.device = device
         self.transport = MmioTransport(device)
         self.queues = tuple(device.queues())
         self.kicks = [EventfdKick(tracer=tracer) for _ in self.queues]
-        self.interrupt = EventfdInterrupt(self.transport.used_buffer, tracer=tracer)
+        self.interrupt = EventfdInterrupt(self.transport.used_buffer, interrupt_fd, tracer)
         self.counters = [QueueCounters() for _ in self.queues]
         self.failure: Exception | None = None
         """What the device failed of, until it is reset."""
@@ -105,7 +112,8 @@ class DeviceRunner:
         """The device stops working until the driver resets it (virtio 1.3, 2.1.2)."""
         if self.failure:
             return
-        self.failure = error
+        # The frames of its traceback would keep views of guest memory alive.
+        self.failure = error.with_traceback(None)
         for thread in list(self._threads.values()):
             thread.request_stop()
         self.transport.fail()
@@ -117,6 +125,21 @@ class DeviceRunner:
         if self.transport.status & Status.DRIVER_OK:
             self.transport.config_changed()
             self.interrupt.signal_config()
+
+    def finish(self, give_up: Callable[[], bool]) -> None:
+        """Serve what the driver has made available and then no more; *give_up* is asked now and then.
+
+        Queues whose work comes from outside are none of it.
+        """
+        with self._lock:
+            threads = [
+                thread for index, thread in self._threads.items() if not self.queues[index].from_outside
+            ]
+        for thread in threads:
+            thread.request_finish()
+        for thread in threads:
+            while not thread.join(_FINISH_LOOK_SECONDS) and not give_up():
+                continue
 
     def stop(self) -> None:
         """Stop every queue's thread; what was begun is finished."""

@@ -105,9 +105,9 @@ class KvmMachine(Machine):
     def __init__(
         self, memory: GuestMemory, report: Callable[[str], None], tracer: Tracer | None = None
     ) -> None:
+        self._kvm = open_kvm()
         super().__init__(memory, report, tracer)
         self._last_words = bytearray()
-        self._kvm = open_kvm()
         self._vm = self._vcpu = -1
         try:
             self._vm = ioctl(self._kvm, abi.KVM_CREATE_VM, 0, "KVM_CREATE_VM", DEVICE)
@@ -129,16 +129,8 @@ class KvmMachine(Machine):
             ioctl(self._kvm, abi.KVM_GET_SUPPORTED_CPUID, cpuid, "KVM_GET_SUPPORTED_CPUID")
             ioctl(self._vcpu, abi.KVM_SET_CPUID2, cpuid, "KVM_SET_CPUID2")
         except BaseException:
-            self._detach()
+            self._abandon()
             raise
-
-    @property
-    def tsc_khz(self) -> int:
-        """The guest's time stamp counter's frequency in kHz, 0 where KVM does not tell."""
-        try:
-            return ioctl(self._vcpu, abi.KVM_GET_TSC_KHZ, 0, "KVM_GET_TSC_KHZ")
-        except OSError:
-            return 0
 
     def device_parameters(self) -> list[str]:
         """The command-line words that tell a kernel of the devices (virtio 1.3, 4.2.1)."""

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Self
 
 from lguestlib.abi.eventfd import BYTES, SIGNAL, eventfd
+from lguestlib.abi.prctl import name_thread
 from lguestlib.abi.signals import install_interrupt_handler, interrupt_thread
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
@@ -23,6 +24,8 @@ from lguestlib.virtio.mmio import REGION_SIZE
 
 DEVICES_AT = GuestAddress(0xD000_0000)
 """Guest-physical address of the first device's registers; the others follow."""
+
+DEVICES_MAX = 64
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,9 @@ class Machine(ABC):
 
     def add(self, device: Device) -> DeviceRunner:
         """Put *device* on the bus, behind those before it.  Raises ValueError if the bus is full."""
-        runner = DeviceRunner(device, self.memory, self.report, self.tracer)
+        if len(self.runners) == DEVICES_MAX:
+            raise ValueError(f"{device.name}: the bus has no room for more than {DEVICES_MAX} devices")
+        runner = DeviceRunner(device, self.memory, self.report, self.tracer, self._interrupt_fd())
         try:
             self._attach(runner, len(self.runners))
         except BaseException:
@@ -93,6 +98,10 @@ class Machine(ABC):
         """The device whose registers hold guest-physical *address*, and the offset into them."""
         slot, offset = divmod(address - DEVICES_AT, REGION_SIZE)
         return (self.runners[slot], offset) if 0 <= slot < len(self.runners) else None
+
+    def _interrupt_fd(self) -> int | None:
+        """The eventfd that interrupts the guest for the next device; None for one of its own."""
+        return None
 
     @abstractmethod
     def _attach(self, runner: DeviceRunner, slot: int) -> None:
@@ -112,6 +121,7 @@ class Machine(ABC):
         self._thread.start()
 
     def _run(self) -> None:
+        name_thread("guest")
         try:
             self._outcome = self._enter()
         except Exception as error:
@@ -123,6 +133,11 @@ class Machine(ABC):
         os.read(self._ended, BYTES)
         os.write(self._ended, SIGNAL)
         return self._outcome or Stopped()
+
+    def finish(self) -> None:
+        """The guest has ended by itself: see its last requests through, until `request_stop`."""
+        for runner in self.runners:
+            runner.finish(lambda: self._stopping)
 
     def request_stop(self) -> None:
         """Ask the guest's thread to end with `Stopped`, and return at once."""
@@ -145,12 +160,16 @@ class Machine(ABC):
     def close(self) -> None:
         """Stop everything and give back every descriptor and mapping."""
         self.stop()
-        self._detach()
+        self._abandon()
         for runner in self.runners:
             runner.close()
         self.runners.clear()
-        os.close(self._ended)
         self.memory.close()
+
+    def _abandon(self) -> None:
+        """Give back the machine's own descriptors."""
+        self._detach()
+        os.close(self._ended)
 
     def _detach(self) -> None:
         """Give back what the hypervisor holds."""

@@ -44,7 +44,7 @@ class QueueThread:
         self._kick = kick
         self._interrupt = interrupt
         self._on_failure = on_failure
-        self._stopping = False
+        self._stopping = self._finishing = False
         # A received packet is told of before the next one is waited for; other work, every few.
         self._signal_every = 1 if queue.from_outside else SIGNAL_EVERY
         self._unsignalled = 0
@@ -59,6 +59,16 @@ class QueueThread:
         """Ask the thread to stop and return at once.  Any thread may, this one included."""
         self._stopping = True
         self._kick.signal()
+
+    def request_finish(self) -> None:
+        """Ask the thread to end as soon as its ring is empty, and return at once."""
+        self._finishing = True
+        self._kick.signal()
+
+    def join(self, seconds: float) -> bool:
+        """Wait for the thread to end, at most so many *seconds*; True if it has."""
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
 
     def stop(self) -> None:
         """Stop the thread and return when it has let go of the ring.
@@ -97,6 +107,8 @@ class QueueThread:
                 self._signal()
                 if ring.enable_notifications():
                     continue
+                if self._finishing:
+                    return
                 counters.kicks += kick.wait()
                 counters.wakeups += 1
                 ring.disable_notifications()

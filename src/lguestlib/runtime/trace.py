@@ -33,33 +33,48 @@ class Call(NamedTuple):
         return self.end - self.start
 
 
+class OpenCall(NamedTuple):
+    """A system call that a thread is in."""
+
+    thread: str
+    call: str
+    role: str
+    start: int
+
+
 class Tracer:
     """Collects calls from any number of threads."""
 
     def __init__(self) -> None:
         self._calls: list[Call] = []
+        self._open: dict[str, OpenCall] = {}
 
     @property
     def calls(self) -> list[Call]:
         """What has been recorded, in the order the calls returned."""
         return list(self._calls)
 
-    def record(self, call: str, role: str, result: int, start: int, end: int) -> None:
-        """Add a call of the current thread that ran from *start* to *end* (`time.monotonic_ns`)."""
-        self._calls.append(Call(threading.current_thread().name, call, role, result, start, end))
+    @property
+    def open_calls(self) -> list[OpenCall]:
+        """What the threads are in now: what they sleep in, most of the time."""
+        return list(self._open.values())
 
     def traced(self, call: str, role: str, function: Callable[..., Result], *arguments: object) -> Result:
         """Make the call *function(arguments)* and record it under these names."""
+        thread = threading.current_thread().name
         start = time.monotonic_ns()
+        self._open[thread] = OpenCall(thread, call, role, start)
+        value = 0
         try:
             result = function(*arguments)
+            value = result if isinstance(result, int) else len(result) if isinstance(result, bytes) else 0
+            return result
         except OSError as error:
-            self.record(call, role, -(error.errno or 0), start, time.monotonic_ns())
+            value = -(error.errno or 0)
             raise
-        end = time.monotonic_ns()
-        value = result if isinstance(result, int) else len(result) if isinstance(result, bytes) else 0
-        self.record(call, role, value, start, end)
-        return result
+        finally:
+            self._calls.append(Call(thread, call, role, value, start, time.monotonic_ns()))
+            self._open.pop(thread, None)
 
 
 def chrome_trace(calls: Iterable[Call]) -> str:

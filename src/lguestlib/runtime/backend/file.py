@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 from collections.abc import Sequence
+from typing import Self
 
 from lguestlib.abi.fallocate import (
     FALLOC_FL_KEEP_SIZE,
@@ -11,7 +12,9 @@ from lguestlib.abi.fallocate import (
     FALLOC_FL_ZERO_RANGE,
     fallocate,
 )
+from lguestlib.abi.memfd import memfd
 from lguestlib.abi.uio import UIO_MAXIOV
+from lguestlib.abi.virtio_blk import VIRTIO_BLK_ID_BYTES
 from lguestlib.runtime.trace import Tracer
 from lguestlib.virtio.devices.block import SECTOR
 
@@ -19,34 +22,46 @@ _ZEROES = bytes(65536)
 
 
 class FileDisk:
-    """A raw image, or a block device, at *path*.
+    """The raw image, or block device, open as *fd*, which this owns; *name* identifies it to the guest.
 
-    Bytes past the last whole sector are out of the guest's sight.  Raises OSError
-    for what cannot be opened, ValueError for what cannot be a disk.
+    Bytes past the last whole sector are out of the guest's sight.  Raises
+    ValueError for what cannot be a disk.
     """
 
-    def __init__(self, path: str, read_only: bool = False, tracer: Tracer | None = None) -> None:
-        self.path = path
+    def __init__(self, fd: int, name: str, read_only: bool = False, tracer: Tracer | None = None) -> None:
+        self.fd = fd
+        self.name = name
         self.read_only = read_only
         self.tracer = tracer
-        # O_NONBLOCK: opening a FIFO by mistake must not wait for its other end.
-        mode = os.O_RDONLY if read_only else os.O_RDWR
-        self.fd = os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK)
         try:
-            kind = os.fstat(self.fd).st_mode
-            if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
-                raise ValueError(f"{path}: neither a regular file nor a block device")
-            self.size = os.lseek(self.fd, 0, os.SEEK_END) // SECTOR * SECTOR
+            kind = os.fstat(fd).st_mode
+            if stat.S_ISDIR(kind) or not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+                raise ValueError(f"{name}: neither a regular file nor a block device")
+            self.size = os.lseek(fd, 0, os.SEEK_END) // SECTOR * SECTOR
             if not self.size:
-                raise ValueError(f"{path}: shorter than one sector of {SECTOR} bytes (truncate -s 1M makes it longer)")
+                raise ValueError(
+                    f"{name}: shorter than one sector of {SECTOR} bytes (truncate -s 1M {name} makes it longer)"
+                )
         except BaseException:
-            os.close(self.fd)
+            os.close(fd)
             raise
+
+    @classmethod
+    def open(cls, path: str, read_only: bool = False, tracer: Tracer | None = None) -> Self:
+        """The disk at *path*.  Raises OSError for what cannot be opened, ValueError as the constructor."""
+        mode = os.O_RDONLY if read_only else os.O_RDWR
+        # O_NONBLOCK: opening a FIFO by mistake must not wait for its other end.
+        return cls(os.open(path, mode | os.O_CLOEXEC | os.O_NONBLOCK), path, read_only, tracer)
+
+    @classmethod
+    def scratch(cls, size: int, tracer: Tracer | None = None) -> Self:
+        """An empty disk of *size* bytes in memory, gone when it is closed."""
+        return cls(memfd("scratch", size), "scratch", False, tracer)
 
     @property
     def identity(self) -> bytes:
         """The last bytes of the file's name."""
-        return os.path.basename(self.path).encode()[-20:]
+        return os.path.basename(self.name).encode()[-VIRTIO_BLK_ID_BYTES:]
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read into *buffers* from byte *offset*; may be short."""

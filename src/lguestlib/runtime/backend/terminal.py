@@ -47,18 +47,23 @@ class Terminal:
 
     def read(self, buffers: Sequence[memoryview]) -> int:
         """Sleep until there is input; 0 at its end.  Raises InterruptedError."""
-        try:
-            if self.tracer is None:
-                length = uio.readv(self._input_fd, buffers)
-            else:
-                length = self.tracer.traced("readv", "input", uio.readv, self._input_fd, buffers)
-        except OSError as error:
-            # A terminal whose other end is gone, or that we are in the background of.
-            if error.errno == errno.EIO:
-                return 0
-            raise
-        self._watch_for_escape(length, buffers)
-        return length
+        while True:
+            try:
+                if self.tracer is None:
+                    length = uio.readv(self._input_fd, buffers)
+                else:
+                    length = self.tracer.traced("readv", "input", uio.readv, self._input_fd, buffers)
+            except BlockingIOError:
+                # Another process has made the shared descriptor non-blocking.
+                os.set_blocking(self._input_fd, True)
+                continue
+            except OSError as error:
+                # A terminal whose other end is gone, or that we are in the background of.
+                if error.errno == errno.EIO:
+                    return 0
+                raise
+            self._watch_for_escape(length, buffers)
+            return length
 
     def _watch_for_escape(self, length: int, buffers: Sequence[memoryview]) -> None:
         if length != 1 or buffers[0][0] != INTERRUPT:
@@ -80,7 +85,6 @@ class Terminal:
             except InterruptedError:
                 raise
             except BlockingIOError:
-                # Another process has made the shared descriptor non-blocking.
                 os.set_blocking(self._output_fd, True)
                 continue
             except OSError as error:

@@ -67,6 +67,9 @@ class Net(Device):
 
     def serve_transmit(self, chain: Chain) -> int:
         """Service of transmitq1 (virtio 1.3, 5.1.6.2): a frame the network refuses is lost."""
+        if chain.readable_length <= HEADER_SIZE:
+            self.dropped += 1
+            return 0
         try:
             self._backend.send(chain.readable)
         except InterruptedError:
