@@ -505,7 +505,7 @@ class kvm_mp_state(NativeStructure):
     mp_state: u32
 
 
-# The arrays at the end of kvm_cpuid2, kvm_irq_routing and kvm_msrs are not part of the request numbers' sizes.
+# The arrays at the end of these three are not part of the sizes in the request numbers.
 _CPUID2_SIZE = offset_of(kvm_cpuid2, "entries")
 _IRQ_ROUTING_SIZE = offset_of(kvm_irq_routing, "entries")
 _MSRS_SIZE = offset_of(kvm_msrs, "entries")

@@ -21,7 +21,7 @@ VIRTIO_PCI_COMMON_Q_RESET = 58
 
 
 class virtio_pci_cap(Structure):
-    """linux/virtio_pci.h: where in which BAR a structure is, *offset* and *length* in bytes; by the device."""
+    """linux/virtio_pci.h: where in a BAR a structure is, in bytes; written by the device."""
 
     cap_vndr: u8
     cap_next: u8
@@ -50,7 +50,7 @@ class virtio_pci_notify_cap(Structure):
 
 
 class virtio_pci_cfg_cap(Structure):
-    """linux/virtio_pci.h: access to BARs through configuration space; the driver writes *cap* and the data."""
+    """linux/virtio_pci.h: access to a BAR through configuration space, where the driver says."""
 
     cap: virtio_pci_cap
     pci_cfg_data: Annotated[ctypes.Array[ctypes.c_uint8], ctypes.c_uint8 * 4]

@@ -1,19 +1,18 @@
 """A virtqueue is a thread: it sleeps in one blocking call, works, and interrupts the guest itself."""
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from lguestlib.abi.prctl import name_thread
 from lguestlib.abi.signals import install_interrupt_handler, interrupt_thread
 from lguestlib.runtime.counters import QueueCounters
 from lguestlib.runtime.interrupt import Interrupt
 from lguestlib.runtime.kick import Kick
-from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Queue, SourceEnded
 from lguestlib.virtio.split_device import SplitDeviceQueue
 
-SIGNAL_EVERY = 8
-"""Chains returned before the driver is told of them while more wait: steadier and cheaper than each."""
+AT_ONCE = 8
+"""Chains taken, served and returned before the driver is told, while more wait: cheaper than each, and steadier."""
 
 _STOP_RETRY_SECONDS = 0.001
 _STOP_RETRY_SECONDS_MAX = 0.02
@@ -39,14 +38,14 @@ class QueueThread:
     ) -> None:
         self.name = name
         self.counters = counters
-        self._queue = queue
+        self._service = queue.service
         self._ring = ring
         self._kick = kick
         self._interrupt = interrupt
         self._on_failure = on_failure
         self._stopping = self._finishing = False
-        # A received packet is told of before the next one is waited for; other work, every few.
-        self._signal_every = 1 if queue.from_outside else SIGNAL_EVERY
+        # A received packet is told of before the next one is waited for.
+        self._at_once = 1 if queue.from_outside else AT_ONCE
         self._unsignalled = 0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -100,9 +99,7 @@ class QueueThread:
         ring.disable_notifications()
         try:
             while not self._stopping:
-                chains = ring.pop_many()
-                if chains:
-                    self._serve_chains(chains)
+                if self.serve_available():
                     continue
                 self._signal()
                 if ring.enable_notifications():
@@ -115,45 +112,48 @@ class QueueThread:
         finally:
             self._signal()
 
-    def _serve_chains(self, chains: Sequence[Chain]) -> None:
-        """Serve *chains* in order; those it does not come to go back to the available ring."""
-        service, every = self._queue.service, self._signal_every
-        served = returned = 0
+    def serve_available(self) -> bool:
+        """Serve the next chains, a few at most, on the calling thread; False if there were none.
+
+        Those it has begun are returned to the driver, the others to the available ring.
+        """
+        ring, service = self._ring, self._service
+        chains = ring.pop_many(self._at_once)
+        if not chains:
+            return False
+        served = moved = 0
         source_ended = False
         try:
             for chain in chains:
                 if self._stopping:
                     break
-                chain.written = service(chain)
+                chain.written = written = service(chain)
+                moved += chain.readable_length + written
                 served += 1
-                if served - returned == every:
-                    self._return(chains[returned:served])
-                    returned = served
-                    self._signal()
         except InterruptedError:
             pass
         except SourceEnded:
             source_ended = True
         finally:
-            self._return(chains[returned:served])
-            self._ring.put_back(chains[served:])
+            if served < len(chains):
+                ring.put_back(chains[served:])
+                chains = chains[:served]
+            ring.push_many(chains)
+            self._unsignalled += served
+            if self._unsignalled >= self._at_once:
+                self._signal()
+            counters = self.counters
+            counters.chains += served
+            counters.bytes += moved
         if source_ended:
             self._rest()
-
-    def _return(self, chains: Sequence[Chain]) -> None:
-        """Give *chains* back to the driver, who may have to be told yet."""
-        counters = self.counters
-        self._ring.push_many(chains)
-        self._unsignalled += len(chains)
-        counters.chains += len(chains)
-        for chain in chains:
-            counters.bytes += chain.readable_length + chain.written
+        return True
 
     def _signal(self) -> None:
         """Interrupt the guest if it wants to be told of what was returned to it."""
         if self._ring.should_interrupt():
-            self.counters.interrupts += 1
             self._interrupt.signal()
+            self.counters.interrupts += 1
         elif self._unsignalled:
             self.counters.suppressed += 1
         self._unsignalled = 0

@@ -16,9 +16,7 @@ One thread at a time may use a queue.
 """
 
 import struct
-from collections.abc import Iterator, Sequence
-from itertools import takewhile
-from operator import length_hint
+from collections.abc import Sequence
 
 from lguestlib.abi.virtio_ring import (
     VRING_AVAIL_F_NO_INTERRUPT,
@@ -124,66 +122,75 @@ class SplitDeviceQueue:
         if count > limit:
             count = limit
         start = position & self._mask
-        heads = self._avail_ring[start : start + count].tolist()
-        if len(heads) < count:
-            heads += self._avail_ring[: count - len(heads)].tolist()
+        if count == 1:
+            heads = [self._avail_ring[start]]
+        else:
+            heads = self._avail_ring[start : start + count].tolist()
+            if len(heads) < count:
+                heads += self._avail_ring[: count - len(heads)].tolist()
 
+        popped: list[Chain] = []
         try:
-            chains = [self._chains[head] for head in heads]
-        except IndexError:
-            # The good ones before it come first.
-            chains = [self._chains[head] for head in takewhile(self.size.__gt__, heads)]
-            if not chains:
-                self._next = position + 1 & 0xFFFF
-                raise errors.HeadOutOfRange(self.index, heads[0], self.size) from None
-        following = iter(chains)
-        try:
-            self._decode_each(following)
+            self._decode_each(heads, popped)
         except errors.ChainError:
-            del chains[len(chains) - length_hint(following) - 1 :]
-            if not chains:
+            # The good ones before it come first.
+            if popped and not popped[-1].in_flight:
+                popped.pop()
+            if not popped:
                 self._next = position + 1 & 0xFFFF
                 raise
-        self._next = position + len(chains) & 0xFFFF
-        return chains
+        self._next = position + len(popped) & 0xFFFF
+        return popped
 
-    def _decode_each(self, chains: Iterator[Chain]) -> None:
-        """Check each of *chains* and give it its buffers; stop at the first that breaks a rule.
+    def _decode_each(self, heads: list[int], popped: list[Chain]) -> None:
+        """Check the chains at *heads*, give them their buffers and add them to *popped*.
 
         One pass without a call or an object per descriptor for the chains that
         drivers make most: one buffer; or three in a row, in the table or in an
         indirect one, as a block request's header, data and status.  Each is judged
         on the one copy of its descriptors that is taken (S18).  The other shapes
-        are `_decode`'s.  Raises ChainError.
+        are `_decode`'s.  Raises ChainError at the first that breaks a rule.
         """
-        table, last_row = self._descriptors, 16 * (self.size - 3)
+        size, chains, table, taken = self.size, self._chains, self._descriptors, popped.append
         home, base, room, indirect = self._home, self._home_base, self._home_size, self._indirect
-        for chain in chains:
+        # Three buffers in it cannot add up to too much (S15).
+        small = 3 * room <= LENGTH_MAX
+        for head in heads:
+            if head >= size:
+                raise errors.HeadOutOfRange(self.index, head, size)
+            chain = chains[head]
             if chain.in_flight:
-                raise errors.HeadInFlight(self.index, chain.head)
+                raise errors.HeadInFlight(self.index, head)
             chain.in_flight = True
-            address, length, link = _ONE(table, chain.offset)
+            taken(chain)
+            one = _ONE(table, chain.offset)
+            # Descriptors that have not changed since have nothing new to check.
+            if one == chain.one and (chain.two is None or chain.two == _TWO(table, chain.offset + 16)):
+                continue
+            address, length, link = one
             start = address - base
             end = start + length
             if start < 0 or not length or end > room:
                 self._decode(chain)
                 continue
-            row = chain.row
-            if link == row and chain.offset <= last_row:
-                address1, length1, link1, address2, length2, flags2, _ = _TWO(table, chain.offset + 16)
-            elif not link & _NEXT_OR_INDIRECT:
+            if not link & _NEXT_OR_INDIRECT:
                 if link & VRING_DESC_F_WRITE:
                     chain.readable, chain.writable = (), (home[start:end],)
                     chain.readable_length, chain.writable_length = 0, length
                 else:
                     chain.readable, chain.writable = (home[start:end],), ()
                     chain.readable_length, chain.writable_length = length, 0
+                chain.one, chain.two = one, None
                 continue
+            row = chain.row
+            if link == row and head + 3 <= size:
+                two = address1, length1, link1, address2, length2, flags2, _ = _TWO(table, chain.offset + 16)
             elif link & 0xFFFF == VRING_DESC_F_INDIRECT and length == _THREE_SIZE and indirect:
                 address, length, link, address1, length1, link1, address2, length2, flags2, _ = _THREE(home, start)
                 start = address - base
                 end = start + length
                 row = _FIRST_ROW
+                one = two = ()
             else:
                 self._decode(chain)
                 continue
@@ -194,15 +201,17 @@ class SplitDeviceQueue:
             if (
                 link == row and flags2 == VRING_DESC_F_WRITE and length and length1 and length2
                 and start >= 0 and start1 >= 0 and start2 >= 0 and end <= room and end1 <= room and end2 <= room
-                and length + length1 + length2 <= LENGTH_MAX
+                and (small or length + length1 + length2 <= LENGTH_MAX)
             ):  # fmt: skip
                 if link1 == row + _NEXT_ROW_WRITE:
                     chain.readable, chain.writable = (home[start:end],), (home[start1:end1], home[start2:end2])
                     chain.readable_length, chain.writable_length = length, length1 + length2
+                    chain.one, chain.two = one, two
                     continue
                 if link1 == row + _NEXT_ROW:
                     chain.readable, chain.writable = (home[start:end], home[start1:end1]), (home[start2:end2],)
                     chain.readable_length, chain.writable_length = length + length1, length2
+                    chain.one, chain.two = one, two
                     continue
             self._decode(chain)
 
@@ -311,6 +320,7 @@ class SplitDeviceQueue:
 
     def _decode(self, chain: Chain) -> None:
         """Check the chain at *chain*'s head and give it its buffers, whatever its shape."""
+        chain.one = ()
         try:
             readable, writable, read, written = walk(
                 self.index, chain.head, self._descriptors, self.size, self._memory, self._indirect

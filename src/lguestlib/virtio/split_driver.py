@@ -159,7 +159,8 @@ class SplitDriverQueue(Generic[Token]):
             raise errors.UsedIndexError(self.index, announced, self._used)
         if self._acquire:
             self._acquire()
-        reaped = []
+        reaped: list[tuple[Token, int]] = []
+        freed: list[int] = []
         for _ in range(count):
             slot = (self._used & (self.size - 1)) << 1
             head: int = self._used_ring[slot]
@@ -168,10 +169,12 @@ class SplitDriverQueue(Generic[Token]):
             entry = self._in_flight.pop(head, None)
             if entry is None:
                 raise errors.NotInFlight(self.index, head)
-            self._free.extend(reversed(entry.descriptors))
+            freed += entry.descriptors
             if written > entry.room:
                 raise errors.UsedLengthError(self.index, head, written, entry.room)
             reaped.append((entry.token, written))
+        # The next chains get the same descriptors in the same order: a steady load stays in few cache lines.
+        self._free.extend(reversed(freed))
         return reaped
 
     def disable_interrupts(self) -> None:

@@ -70,9 +70,7 @@ def _parse(
         raise ImageError(f"{format}: none of {header.e_phnum} program headers loads anything: no executable")
     loads.sort()
     check_apart((f"{format}: segment {index}", load.where) for index, (load, _) in enumerate(loads))
-    return Image(
-        format, data, tuple(load for load, _ in loads), _entry(header.e_entry, loads, format), bits
-    )
+    return Image(format, data, tuple(load for load, _ in loads), _entry(header.e_entry, loads, format), bits)
 
 
 def _segment(data: memoryview, entry: _ProgramHeader, bits: int, what: str) -> Segment:

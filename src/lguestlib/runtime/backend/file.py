@@ -65,19 +65,15 @@ class FileDisk:
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read into *buffers* from byte *offset*; may be short."""
-        if len(buffers) > UIO_MAXIOV:
-            buffers = buffers[:UIO_MAXIOV]
         if self.tracer is None:
-            return os.preadv(self.fd, buffers, offset)
-        return self.tracer.traced("preadv", "disk", os.preadv, self.fd, buffers, offset)
+            return os.preadv(self.fd, buffers[:UIO_MAXIOV], offset)
+        return self.tracer.traced("preadv", "disk", os.preadv, self.fd, buffers[:UIO_MAXIOV], offset)
 
     def write(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write *buffers* at byte *offset*; may be short."""
-        if len(buffers) > UIO_MAXIOV:
-            buffers = buffers[:UIO_MAXIOV]
         if self.tracer is None:
-            return os.pwritev(self.fd, buffers, offset)
-        return self.tracer.traced("pwritev", "disk", os.pwritev, self.fd, buffers, offset)
+            return os.pwritev(self.fd, buffers[:UIO_MAXIOV], offset)
+        return self.tracer.traced("pwritev", "disk", os.pwritev, self.fd, buffers[:UIO_MAXIOV], offset)
 
     def flush(self) -> None:
         """fdatasync(2): what was written is on stable storage."""

@@ -131,7 +131,8 @@ static bool is_on_disk(const char *command, const struct virtio_device *disk, ui
 {
     if (sector < disk->capacity)
         return true;
-    print("%s: sector %l is past the end of the disk (capacity %l sectors)\n", command, sector, disk->capacity);
+    print("%s: sector %l is past the end of the disk (capacity %l sectors)\n", command, sector,
+          disk->capacity);
     return false;
 }
 

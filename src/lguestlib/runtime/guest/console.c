@@ -22,10 +22,8 @@ static void configure(struct virtio_device *device)
 
 static void started(struct virtio_device *device)
 {
-    if (device->number)
-        return;
-    input = output = NULL;
-    queue_suppress_interrupts(&device->queues[TRANSMIT]);
+    if (!device->number)
+        input = output = NULL;
 }
 
 char console_get(void)

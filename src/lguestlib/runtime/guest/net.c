@@ -207,7 +207,8 @@ static void answer_echo(struct virtio_device *net, const struct frame *request, 
     send(net, sizeof frame->ethernet + length);
 }
 
-static void receive_ipv4(struct virtio_device *net, const struct frame *frame, uint32_t room, uint32_t time_left)
+static void receive_ipv4(struct virtio_device *net, const struct frame *frame, uint32_t room,
+                         uint32_t time_left)
 {
     const struct ipv4 *ipv4 = &frame->ipv4;
     uint32_t header_length = (ipv4->version & 0xf) * 4, length = BE16(ipv4->length);
@@ -269,11 +270,6 @@ static void configure(struct virtio_device *net)
         memcpy(net->mac, local, 5);
         net->mac[5] = net->number;
     }
-}
-
-static void started(struct virtio_device *net)
-{
-    queue_suppress_interrupts(&net->queues[TRANSMIT]);
 }
 
 uint32_t net_next_hop(uint32_t address)
@@ -368,7 +364,6 @@ const struct driver net_driver = {
     .queue_count = 2,
     .queues = {{"receive", 64, BUFFER_SIZE, true}, {"transmit", 64, BUFFER_SIZE, false}},
     .configure = configure,
-    .started = started,
     .serve = serve,
     .submit = submit,
 };

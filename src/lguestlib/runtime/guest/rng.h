@@ -9,7 +9,10 @@
 
 #define RNG_MAX 1024
 
-/* Up to length random bytes, RNG_MAX at most: where they are, and how many came; NULL if the device was reset. */
+/*
+ * Up to *length random bytes, RNG_MAX at most: where they are, and in *length how many came; NULL if
+ * the device was reset.
+ */
 uint8_t *rng_read(struct virtio_device *rng, uint32_t *length);
 
 #endif

@@ -373,7 +373,7 @@ bool queue_wait(struct virtqueue *queue)
     return true;
 }
 
-void queue_suppress_interrupts(struct virtqueue *queue)
+static void suppress_interrupts(struct virtqueue *queue)
 {
     /* An event half the index's range ahead is not met before it is moved on. */
     if (virtio_has(queue->device, VIRTIO_F_EVENT_IDX))
@@ -393,7 +393,7 @@ void *queue_buffer(struct virtqueue *queue)
 
     while (queue_take(queue, &written))
         ;
-    queue_suppress_interrupts(queue);
+    suppress_interrupts(queue);
     return queue->free_count ? queue->pool + queue->free * buffer_size(queue) : NULL;
 }
 

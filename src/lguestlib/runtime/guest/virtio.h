@@ -123,7 +123,7 @@ struct driver {
 
     /* Read the config space: before the device goes live, and when it has changed. */
     void (*configure)(struct virtio_device *device);
-    /* It is live, its rings are new. */
+    /* It is live, its rings are new: nothing of before is in flight any more. */
     void (*started)(struct virtio_device *device);
     /* Look at the queues whose work comes from outside. */
     void (*serve)(struct virtio_device *device);
@@ -184,7 +184,6 @@ bool queue_wait(struct virtqueue *queue);
  * For transmit queues, which interrupt only when waited for.  queue_buffer() takes back what is used
  * and gives the buffer of a free descriptor, or NULL; queue_send() offers it, before any other call.
  */
-void queue_suppress_interrupts(struct virtqueue *queue);
 void *queue_buffer(struct virtqueue *queue);
 void queue_send(struct virtqueue *queue, uint32_t length);
 

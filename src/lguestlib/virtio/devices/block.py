@@ -20,6 +20,7 @@ SEGMENT_SECTORS_MAX = 1 << 16
 """Sectors in one discard or write-zeroes segment."""
 
 _HEADER = struct.Struct("<IIQ")
+_unpack_header = _HEADER.unpack
 _SEGMENT = struct.Struct("<QII")
 _CONFIG = struct.Struct("<QII HBB II BBHI HBB III II B3x")
 _ID_SIZE = abi.VIRTIO_BLK_ID_BYTES
@@ -69,8 +70,11 @@ class Block(Device):
     def __init__(self, backend: BlockBackend, name: str = "block") -> None:
         super().__init__(name)
         self._backend = backend
+        self._read_into = backend.read
+        self._size = backend.size
         self._capacity = backend.size // SECTOR
-        self._others: dict[int, Callable[[int, Buffers, Buffers], int]] = {
+        self._requests: dict[int, Callable[[int, Buffers, Buffers], int]] = {
+            abi.VIRTIO_BLK_T_OUT: self._write,
             abi.VIRTIO_BLK_T_FLUSH: self._flush,
             abi.VIRTIO_BLK_T_GET_ID: self._get_id,
             abi.VIRTIO_BLK_T_DISCARD: self._discard,
@@ -114,21 +118,21 @@ class Block(Device):
             data, status = part(writable, 0, room - 1), status[-1:]
         try:
             if readable and len(readable[0]) == _HEADER.size:
-                kind, _, sector = _HEADER.unpack(readable[0])
-                payload = readable[1:]
+                kind, _, sector = _unpack_header(readable[0])
             elif chain.readable_length >= _HEADER.size:
-                kind, _, sector = _HEADER.unpack(chain.read(_HEADER.size))
-                payload = part(readable, _HEADER.size, chain.readable_length)
+                kind, _, sector = _unpack_header(chain.read(_HEADER.size))
             else:
                 raise _Refused(abi.VIRTIO_BLK_S_IOERR)
             if kind == abi.VIRTIO_BLK_T_IN:
-                written = self._read(sector, data, room - 1)
-            elif kind == abi.VIRTIO_BLK_T_OUT:
-                written = self._write(sector, payload, chain.readable_length - _HEADER.size)
-            elif kind in self._others:
-                written = self._others[kind](sector, payload, data)
-            else:
+                written = length = room - 1
+                offset = sector * SECTOR
+                if length % SECTOR or length > self._size - offset or self._read_into(data, offset) != length:
+                    self._read(sector, data, length)
+            elif kind not in self._requests:
                 raise _Refused(abi.VIRTIO_BLK_S_UNSUPP)
+            else:
+                payload = part(readable, _HEADER.size, chain.readable_length)
+                written = self._requests[kind](sector, payload, data)
             status[0] = abi.VIRTIO_BLK_S_OK
         except InterruptedError:
             raise
@@ -152,12 +156,13 @@ class Block(Device):
         if self._backend.read_only:
             raise _Refused(abi.VIRTIO_BLK_S_IOERR)
 
-    def _read(self, sector: int, data: Buffers, length: int) -> int:
+    def _read(self, sector: int, data: Buffers, length: int) -> None:
+        """Read with all checks, and in pieces where the disk gives no more at once."""
         self._transfer(self._backend.read, data, self._extent(sector, length), length)
-        return length
 
-    def _write(self, sector: int, payload: Buffers, length: int) -> int:
+    def _write(self, sector: int, payload: Buffers, data: Buffers) -> int:
         self._writable()
+        length = sum(map(len, payload))
         self._transfer(self._backend.write, payload, self._extent(sector, length), length)
         return 0
 

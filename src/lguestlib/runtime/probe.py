@@ -1,0 +1,130 @@
+"""What this host offers to a launcher, each with the reason and the remedy where it does not."""
+
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from typing import NamedTuple
+
+from lguestlib.abi import kvm
+from lguestlib.runtime.backend.tap import DEVICE as TUN_DEVICE
+from lguestlib.runtime.kvm import DEVICE as KVM_DEVICE
+from lguestlib.runtime.kvm import KvmUnusable, capability, open_kvm
+from lguestlib.runtime.namespace import enter_network_namespace
+
+LGUEST_DEVICE = "/dev/lguest"
+
+_CAPABILITIES = (
+    "KVM_CAP_IRQCHIP", "KVM_CAP_IOEVENTFD", "KVM_CAP_IRQFD", "KVM_CAP_IMMEDIATE_EXIT", "KVM_CAP_IRQ_ROUTING",
+    "KVM_CAP_SIGNAL_MSI", "KVM_CAP_SPLIT_IRQCHIP", "KVM_CAP_DIRTY_LOG_RING", "KVM_CAP_NR_VCPUS",
+    "KVM_CAP_MAX_VCPUS",
+)  # fmt: skip
+
+
+class Finding(NamedTuple):
+    """One thing looked for; *usable* is None for plain facts."""
+
+    name: str
+    usable: bool | None
+    detail: str
+    remedy: str = ""
+
+
+def probe() -> list[Finding]:
+    """Look at everything; nothing on the host is changed.
+
+    To be called while the process has one thread: it forks to try a namespace.
+    """
+    return [
+        Finding("python", None, f"{platform.python_implementation()} {platform.python_version()}, {_word_size()}"),
+        _gil(),
+        Finding("switch interval", None, f"{sys.getswitchinterval() * 1e6:g} us; the launcher sets 10 us while it runs"),
+        Finding("host", None, f"{platform.machine()}, Linux {platform.release()}, {os.cpu_count()} processors"),
+        _kvm(),
+        _lguest(),
+        _tun(),
+        _namespace(),
+        _program("user-mode-linux", ("linux", "linux.uml"), "user-mode-linux"),
+        _program("qemu", (f"qemu-system-{_qemu_machine()}",), f"qemu-system-{_qemu_package()}"),
+        _program("qemu-storage-daemon", ("qemu-storage-daemon",), "qemu-system-common"),
+    ]
+
+
+def _word_size() -> str:
+    return "64-bit" if sys.maxsize > 1 << 32 else "32-bit"
+
+
+def _gil() -> Finding:
+    free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+    enabled = getattr(sys, "_is_gil_enabled", lambda: True)()
+    if not enabled:
+        return Finding("GIL", None, "off: queue threads run side by side")
+    if free_threaded:
+        return Finding("GIL", None, "on, in a build that can do without", "start Python with -X gil=0")
+    return Finding("GIL", None, "on: queue threads take turns, but for their system calls")
+
+
+def _kvm() -> Finding:
+    try:
+        fd = open_kvm()
+    except KvmUnusable as error:
+        return Finding("kvm", False, str(error), "run --hypervisor inprocess works without")
+    try:
+        there = [f"{name[8:]} {capability(fd, getattr(kvm, name))}" for name in _CAPABILITIES]
+    finally:
+        os.close(fd)
+    return Finding("kvm", True, f"{KVM_DEVICE}: {', '.join(there)}")
+
+
+def _lguest() -> Finding:
+    if os.path.exists(LGUEST_DEVICE):
+        return Finding("lguest", True, LGUEST_DEVICE)
+    remedy = "modprobe lg, on a 32-bit x86 kernel from 2.6.23 to 3.19 with CONFIG_LGUEST"
+    return Finding("lguest", False, f"{LGUEST_DEVICE}: no such file", remedy)
+
+
+def _tun() -> Finding:
+    try:
+        os.close(os.open(TUN_DEVICE, os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        return Finding("tun", False, f"{TUN_DEVICE}: no such file", "modprobe tun")
+    except OSError as error:
+        return Finding("tun", False, f"{TUN_DEVICE}: {error.strerror}", "run as root, or: chmod 666 /dev/net/tun")
+    return Finding("tun", True, TUN_DEVICE)
+
+
+def _namespace() -> Finding:
+    """Try a network namespace in a child, which keeps it to itself."""
+    kind = "network namespace" if os.geteuid() == 0 else "user and network namespaces"
+    child = os.fork()
+    if child == 0:
+        status = 255
+        try:
+            enter_network_namespace()
+            status = 0
+        except OSError as error:
+            status = error.errno or status
+        finally:
+            os._exit(status)
+    number = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if number == 0:
+        return Finding("private network", True, f"{kind} allowed")
+    remedy = "sysctl user.max_net_namespaces, user.max_user_namespaces, kernel.unprivileged_userns_clone"
+    return Finding("private network", False, f"{kind}: {os.strerror(number)}", remedy)
+
+
+def _program(name: str, commands: tuple[str, ...], package: str) -> Finding:
+    for command in commands:
+        path = shutil.which(command)
+        if path:
+            return Finding(name, True, path)
+    return Finding(name, False, f"{commands[0]}: not found", f"apt-get install {package}")
+
+
+def _qemu_machine() -> str:
+    return {"i386": "i386", "i686": "i386"}.get(platform.machine(), platform.machine())
+
+
+def _qemu_package() -> str:
+    return {"x86_64": "x86", "i386": "x86", "i686": "x86", "aarch64": "arm"}.get(platform.machine(), "misc")

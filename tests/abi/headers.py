@@ -1,0 +1,212 @@
+"""Where C says what each module of `lguestlib.abi` declares, and how to ask the compiler.
+
+A C file with the size of every structure, the place of every field and the value
+of every constant is compiled, not run: the answers are read out of the object
+file, so no C library of the other word size is needed.
+"""
+
+import struct
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from abi.declarations import Declarations
+
+
+@dataclass(frozen=True)
+class Header:
+    """The C source of one module, and where its names or their spelling in C differ."""
+
+    includes: tuple[str, ...] = ()
+    text: str = ""
+    """C written out by hand, for what is in no header of today's kernel."""
+    spelled: dict[str, str] = field(default_factory=dict)
+    """A constant, a structure or a ``structure.field``, with C's expression, type or member for it."""
+    newer: dict[str, int] = field(default_factory=dict)
+    """Macros that only newer headers have, with the value their specification gives."""
+    nameless: dict[str, tuple[str, str]] = field(default_factory=dict)
+    """A union that has no name in C, with the type it is part of and its largest member there."""
+    flexible: frozenset[str] = frozenset()
+    """The ``structure.field`` that is a flexible array in C and has a fixed length here."""
+    unsigned_here: frozenset[str] = frozenset()
+    """The ``structure.field`` that is signed in C and, on purpose, unsigned here."""
+
+
+def _members(structure: str, *members: str) -> dict[str, str]:
+    """The types of nameless structures and unions that are members of *structure*."""
+    return {f"{structure}_{name}": f"__typeof__(((struct {structure} *)0)->{name})" for name in members}
+
+
+HEADERS = {
+    "bootparam": Header(
+        ("asm/bootparam.h", "asm/e820.h"),
+        spelled={
+            "BOOT_FLAG": "0xAA55",  # this and the next two: Documentation/arch/x86/boot.rst
+            "HEADER_MAGIC": "0x53726448",
+            "TYPE_OF_LOADER_UNDEFINED": "0xFF",
+            "E820_TYPE_RAM": "E820_RAM",
+            "E820_TYPE_RESERVED": "E820_RESERVED",
+            "E820_TYPE_ACPI": "E820_ACPI",
+            "E820_TYPE_NVS": "E820_NVS",
+        },
+    ),
+    "bridge": Header(("linux/sockios.h",)),
+    "elf": Header(
+        ("linux/elf.h",),
+        spelled={
+            name: name for name in ("Elf32_Ehdr", "Elf64_Ehdr", "Elf32_Phdr", "Elf64_Phdr", "Elf32_Nhdr")
+        },
+    ),
+    "eventfd": Header(
+        ("linux/types.h",), spelled={"BYTES": "sizeof(__u64)", "SIGNAL": '"\\1\\0\\0\\0\\0\\0\\0\\0"'}
+    ),
+    "fallocate": Header(("linux/falloc.h",)),
+    "kvm": Header(
+        ("linux/kvm.h",),
+        spelled={
+            "KVM_MAX_CPUID_ENTRIES": "256",  # arch/x86/include/asm/kvm_host.h
+            "IRQ_ROUTING_ENTRIES": "256",  # this and the next: the module's own choice
+            "MSR_ENTRIES": "64",
+            "kvm_run.exit": "padding",
+            "kvm_dirty_log.dirty_bitmap": "padding2",
+        }
+        | _members("kvm_run", "hw", "fail_entry", "ex", "io", "mmio", "hypercall")
+        | _members("kvm_run", "internal", "system_event", "eoi", "msr")
+        | _members("kvm_irq_routing_entry", "u"),
+        nameless={"kvm_run_exit": ("struct kvm_run", "padding")},
+        flexible=frozenset({"kvm_irq_routing.entries", "kvm_cpuid2.entries", "kvm_msrs.entries"}),
+    ),
+    "lguest": Header(
+        ("linux/types.h",),
+        text="""
+            /* Linux 2.6.30 to 3.19: linux/lguest_launcher.h, and asm/lguest_hcall.h of x86 */
+            #define LHREQ_INITIALIZE 0
+            #define LHREQ_IRQ 2
+            #define LHREQ_EVENTFD 4
+            #define LGUEST_VRING_ALIGN 4096
+            #define LGUEST_IRQS 32
+            struct lguest_device_desc {
+                __u8 type, num_vq, feature_len, config_len, status;
+                __u8 config[];
+            };
+            struct lguest_vqconfig {
+                __u16 num, irq;
+                __u32 pfn;
+            };
+        """,
+    ),
+    "membarrier": Header(("linux/membarrier.h", "asm/unistd.h")),
+    "memfd": Header(("linux/fcntl.h",)),
+    "mmap": Header(("linux/mman.h",)),
+    "netdevice": Header(
+        ("linux/if.h", "linux/in.h", "linux/if_arp.h", "linux/sockios.h"),
+        spelled={
+            "ifreq_ifru": "__typeof__(((struct ifreq *)0)->ifr_ifru)",
+            "ifreq_ifru.ifru_in": "ifru_addr",
+        },
+        unsigned_here=frozenset({"ifreq_ifru.ifru_flags"}),
+    ),
+    "prctl": Header(("linux/prctl.h",), spelled={"NAME_SIZE": "16"}),  # TASK_COMM_LEN, linux/sched.h
+    "sched": Header(("linux/sched.h",)),
+    "signals": Header(("asm/unistd.h",), spelled={"INTERRUPT": "34 + 5"}),  # glibc's SIGRTMIN
+    "tun": Header(("linux/ioctl.h", "linux/if_tun.h"), newer={"TUN_F_USO4": 0x20, "TUN_F_USO6": 0x40}),
+    "uio": Header(("linux/uio.h",)),
+    "virtio_blk": Header(("linux/virtio_blk.h",)),
+    "virtio_config": Header(
+        ("linux/virtio_config.h",),
+        newer={  # virtio 1.3, 6
+            "VIRTIO_F_NOTIFICATION_DATA": 38,
+            "VIRTIO_F_NOTIF_CONFIG_DATA": 39,
+            "VIRTIO_F_ADMIN_VQ": 41,
+        },
+    ),
+    "virtio_console": Header(("linux/virtio_console.h",)),
+    "virtio_ids": Header(("linux/virtio_ids.h",)),
+    "virtio_mmio": Header(("linux/virtio_mmio.h",)),
+    "virtio_net": Header(
+        ("linux/virtio_net.h",),
+        spelled={"virtio_net_ctrl_hdr.class_": "class"},
+        newer={  # virtio 1.3, 5.1.3 and 5.1.6
+            "VIRTIO_NET_F_GUEST_USO4": 54,
+            "VIRTIO_NET_F_GUEST_USO6": 55,
+            "VIRTIO_NET_F_HOST_USO": 56,
+            "VIRTIO_NET_HDR_GSO_UDP_L4": 5,
+        },
+    ),
+    "virtio_pci": Header(("linux/virtio_pci.h",)),
+    "virtio_ring": Header(("linux/virtio_ring.h",)),
+}
+"""By module; one that declares nothing needs none."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What *subject* is in C, an expression, and what the module makes of it."""
+
+    subject: str
+    expression: str
+    here: int
+
+
+def questions(declared: Declarations, header: Header, table: int) -> list[Question]:
+    """Everything *declared* put as questions to C; *table* picks the system call numbers to ask for."""
+    asked = []
+    for name, number in declared.numbers.items():
+        asked.append(Question(name, header.spelled.get(name, name), number))
+    for name, numbers in declared.syscalls.items():
+        asked.append(Question(name, f"__NR_{name.removeprefix('SYS_')}", numbers[table]))
+    for name, digits in declared.texts.items():
+        expression, text = header.spelled.get(name, name), bytes.fromhex(digits)
+        asked.append(Question(f"length of {name}", f"sizeof({expression}) - 1", len(text)))
+        for index, byte in enumerate(text):
+            asked.append(Question(f"{name}[{index}]", f"(unsigned char)({expression})[{index}]", byte))
+    for name in declared.layouts:
+        asked += _layout_questions(name, declared, header)
+    return asked
+
+
+def _layout_questions(name: str, declared: Declarations, header: Header) -> list[Question]:
+    layout = declared.layouts[name]
+    kind, start, whole = header.spelled.get(name, f"struct {name}"), "0", None
+    if name in header.nameless:
+        kind, base = header.nameless[name]
+        start, whole = f"__builtin_offsetof({kind}, {base})", f"((({kind} *)0)->{base})"
+    size, asked = layout.size, []
+    for field_name, place in layout.fields.items():
+        full = f"{name}.{field_name}"
+        member = header.spelled.get(full, field_name)
+        there = f"((({kind} *)0)->{member})"
+        asked.append(
+            Question(f"offset of {full}", f"__builtin_offsetof({kind}, {member}) - {start}", place.offset)
+        )
+        if full in header.flexible:
+            size -= place.size
+            continue
+        asked.append(Question(f"size of {full}", f"sizeof {there}", place.size))
+        if place.signed is not None:
+            negative = f"(__typeof__{there})-1 < (__typeof__{there})1"
+            asked.append(Question(f"sign of {full}", negative, place.signed or full in header.unsigned_here))
+    asked.append(Question(f"size of {name}", f"sizeof {whole or f'({kind})'}", size))
+    return asked
+
+
+def answers(header: Header, asked: list[Question], options: list[str], folder: Path) -> list[int]:
+    """C's answers, in order, from gcc with these *options*.  Raises AssertionError with gcc's words."""
+    lines = [f"#include <{include}>" for include in header.includes] + [header.text]
+    for name, value in header.newer.items():
+        lines += [f"#ifndef {name}", f"#define {name} {value}", "#endif"]
+    lines.append('__attribute__((section(".answers"))) const unsigned long long answers[] = {')
+    lines += [f"(unsigned long long)({question.expression})," for question in asked] + ["};", ""]
+    source, object_file, numbers = folder / "ask.c", folder / "ask.o", folder / "answers"
+    source.write_text("\n".join(lines))
+    # What glibc's headers look for where only the other word size is installed; it would be nearly empty.
+    (folder / "gnu").mkdir(exist_ok=True)
+    (folder / "gnu/stubs-32.h").touch()
+    built = subprocess.run(
+        ["gcc", "-w", "-ffreestanding", *options, "-idirafter", str(folder), "-c", str(source), "-o",
+         str(object_file)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr
+    subprocess.run(["objcopy", "-O", "binary", "-j", ".answers", object_file, numbers], check=True)
+    return list(struct.unpack(f"<{len(asked)}Q", numbers.read_bytes()))
