@@ -1,7 +1,6 @@
 """Other Python interpreters that tests run code under: another word size, another release or platform."""
 
 import os
-import shutil
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -29,23 +28,6 @@ def i386() -> list[str] | None:
 def i386_or_skip() -> list[str]:
     """`i386`, or the running test is skipped with the command that fetches one."""
     return i386() or pytest.skip("no 32-bit x86 Python (tests/i386/fetch unpacks one)")
-
-
-@cache
-def wasm() -> list[str] | None:
-    """The command of a CPython in WebAssembly, which takes one file or ``-c``; None where there is none.
-
-    It finds modules in `SOURCE` alone, not beside the file it runs.
-    """
-    package, node = _CACHE / "wasm/node_modules/pyodide", shutil.which("node")
-    if node is None or not package.is_dir():
-        return None
-    return [node, str(_TESTS / "wasm/python.mjs"), str(package), str(SOURCE)]
-
-
-def wasm_or_skip() -> list[str]:
-    """`wasm`, or the running test is skipped with the command that fetches one."""
-    return wasm() or pytest.skip("no Python for WebAssembly (tests/wasm/fetch installs one; needs npm)")
 
 
 def run(command: list[str], *arguments: str, timeout: float = 60) -> str:

@@ -28,6 +28,10 @@ INITRD_ADDR_MAX_BEFORE_2_03 = 0x37FFFFFF
 """What an initrd_addr_max of zero stands for."""
 
 
+HOLE = GuestRange(GuestAddress(0xA0000), 0x60000)
+"""Where a PC has its display and its BIOS."""
+
+
 class E820Entry(NamedTuple):
     """A range of the memory map, with its E820_TYPE."""
 
@@ -49,7 +53,11 @@ class LinuxBoot:
 
     kernel: Image
     e820: Sequence[E820Entry]
-    """The memory map, up to 128 entries; `ram_map` makes one of all of guest memory."""
+    """The memory map, up to 128 entries; `ram_map` makes one of all of guest memory.
+
+    Linux on a PC wants two at least: it takes a single one for a mistake of the
+    BIOS's, and believes that there is no memory.
+    """
     command_line: bytes = b""
     initrd: bytes | memoryview | None = None
     """The initial ramdisk's bytes; it goes as high as the map and the header's initrd_addr_max allow."""
@@ -73,7 +81,7 @@ class LinuxBoot:
         parameters = GuestRange(self.parameters_at, ctypes.sizeof(abi.boot_params))
         command_line = GuestRange(self.command_line_at, len(self.command_line) + 1)
         self._check_command_line(header.cmdline_size or COMMAND_LINE_SIZE_BEFORE_2_06)
-        self._check_map(memory)
+        self._check_map(memory, 2 if header.hardware_subarch == abi.X86_SUBARCH_PC else 1)
         named = [("boot parameters", parameters), ("command line", command_line)]
         for what, where in named:
             if where.end > 1 << 32:
@@ -105,11 +113,10 @@ class LinuxBoot:
         if len(self.command_line) > limit:
             raise ImageError(f"command line: {len(self.command_line)} bytes, this kernel takes {limit}")
 
-    def _check_map(self, memory: GuestMemory) -> None:
-        if not 0 < len(self.e820) <= abi.E820_MAX_ENTRIES_ZEROPAGE:
-            raise ImageError(
-                f"memory map: {len(self.e820)} entries, not 1 to {abi.E820_MAX_ENTRIES_ZEROPAGE}"
-            )
+    def _check_map(self, memory: GuestMemory, least: int) -> None:
+        count, most = len(self.e820), abi.E820_MAX_ENTRIES_ZEROPAGE
+        if not least <= count <= most:
+            raise ImageError(f"memory map: {count} entries, this kernel takes {least} to {most}")
         for index, (where, type) in enumerate(self.e820):
             if where.start < 0 or where.size <= 0 or where.end > 1 << 64:
                 raise ImageError(f"memory map: entry {index}, {where}, is no range of 64-bit addresses")
@@ -137,11 +144,13 @@ def plain_setup() -> abi.setup_header:
 
 
 def ram_map(memory: GuestMemory) -> list[E820Entry]:
-    """All of *memory* as RAM, adjacent regions in one entry."""
+    """All of *memory* as RAM, adjacent regions in one entry, without the PC's hole below 1 MiB."""
     ranges: list[GuestRange] = []
     for region in memory.regions:
-        if ranges and ranges[-1].end == region.base:
-            ranges[-1] = GuestRange(ranges[-1].start, ranges[-1].size + region.size)
-        else:
-            ranges.append(GuestRange(region.base, region.size))
+        for start, end in ((region.base, min(region.end, HOLE.start)), (max(region.base, HOLE.end), region.end)):
+            if start >= end:
+                continue
+            if ranges and ranges[-1].end == start:
+                start = ranges.pop().start
+            ranges.append(GuestRange(start, end - start))
     return [E820Entry(where) for where in ranges]
