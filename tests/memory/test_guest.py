@@ -204,6 +204,15 @@ def test_views_are_the_memory_itself() -> None:
         assert bytes(other.slice(GuestAddress(8), 8)) == bytes.fromhex("8877665544332211")
 
 
+def test_a_host_address_is_one_of_a_byte_at_least_unless_asked() -> None:
+    with GuestMemory.anonymous(PAGE) as memory:
+        first = memory.host_address(GuestAddress(0))
+        assert memory.host_address(GuestAddress(PAGE - 1)) == first + PAGE - 1
+        assert memory.host_address(GuestAddress(PAGE), 0) == first + PAGE
+        with pytest.raises(AddressError):
+            memory.host_address(GuestAddress(PAGE))
+
+
 def test_the_largest_region_is_named() -> None:
     with memory_of((0, 16), (64, 128), (1024, 64)) as memory, memory.views() as views:
         assert views.largest == 1

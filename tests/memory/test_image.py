@@ -76,6 +76,13 @@ def test_a_flat_image_goes_where_it_is_told() -> None:
         assert memory.read(GuestAddress(0x1FFF), 11) == b"\xa5flat code\xa5"
 
 
+@pytest.mark.parametrize("base", [0, (1 << 64) - 4])
+def test_s16_a_flat_image_may_be_at_either_end_of_the_addresses(base: int) -> None:
+    with GuestMemory.anonymous(4, GuestAddress(base)) as memory:
+        flat_image(b"code", GuestAddress(base)).place(memory)
+        assert memory.read(GuestAddress(base), 4) == b"code"
+
+
 @pytest.mark.parametrize(
     ("data", "base", "entry", "reason"),
     [
@@ -100,6 +107,14 @@ def test_t23_a_flat_image_outside_memory_is_refused(base: int) -> None:
         flat_image(b"code", GuestAddress(base)).place(memory)
 
 
+def test_t23_more_memory_is_the_advice_only_where_it_would_help() -> None:
+    with filled() as memory:
+        with pytest.raises(ImageError, match=r"ends at 0x108000: give the guest 2 MiB$"):
+            flat_image(b"code", GuestAddress(0x107FFE)).place(memory)
+        with pytest.raises(ImageError, match=r"ends at 0x108000$"):
+            flat_image(bytes(0x100000), GuestAddress(0x8000)).place(memory)
+
+
 def test_a_32_bit_interpreter_loads_them_too(tmp_path: Path) -> None:
     python = interpreters.i386_or_skip()
     (tmp_path / "elf").write_bytes(elf(64, 0x1000, LOADS))
@@ -121,7 +136,8 @@ for name in sys.argv[1:]:
         image.place(memory)
         told = LinuxBoot(image, ram_map(memory), b"quiet", b"initrd").place(memory)
         where, _, length = image.segments[-1]
-        print(image.format, hex(image.entry), memory.read(where.start, length), memory.read(told.initrd.start, 6))
+        code, initrd = memory.read(where.start, length), memory.read(told.initrd.start, 6)
+        print(image.format, hex(image.entry), code, initrd)
 """
     told = interpreters.run(python, "-c", program, str(tmp_path / "elf"), str(tmp_path / "bzimage"))
     refused = "memory region: no range of {:#x} bytes at guest-physical 0x0"

@@ -59,6 +59,15 @@ def test_t23_what_does_not_fit_is_refused_with_the_numbers(size: int, reason: st
         initrd_range(size, [span(0, 16 * MIB)], 0xFFFFFFFF, [span(0, MIB), span(6 * MIB, 8 * MIB)])
 
 
+def test_t23_what_the_kernel_cannot_reach_does_not_count() -> None:
+    ram = [span(0, 16 * MIB)]
+    with pytest.raises(ImageError, match="fit into 0x200000 bytes of memory up to 0x1fffff: give"):
+        initrd_range(2 * MIB + 1, ram, 2 * MIB - 1, [])
+    with pytest.raises(ImageError, match="of memory up to 0x1fffff beside what is at 0x0 to 0x1: give"):
+        initrd_range(2 * MIB, ram, 2 * MIB - 1, [span(0, 1)])
+    assert initrd_range(2 * MIB, ram, 2 * MIB - 1, []) == (0, 2 * MIB)
+
+
 def test_t23_no_memory_within_reach_is_refused() -> None:
     for ram in ([], [span(1 << 32, 1 << 33)]):
         with pytest.raises(ImageError, match="fit into 0x0 bytes of memory up to 0x37ffffff"):

@@ -61,13 +61,13 @@ def test_a_bzimage_gets_its_own_header_filled_in() -> None:
         assert memory.read(GuestAddress(0x20000), 20) == b"console=ttyS0 quiet\0"
         assert memory.read(GuestAddress(0x2FE000), 5120) == initrd
         assert memory.read(GuestAddress(0x100000), len(CODE)) == CODE
-        assert memory_map(memory, told.address) == [(0, SIZE, 1)]
+        assert memory_map(memory, told.address) == [(0, 0xA0000, 1), (MIB, SIZE - MIB, 1)]
     expected = {
         "setup_sects": 2, "boot_flag": 0xAA55, "header": 0x53726448, "version": 0x20F, "loadflags": 1,
         "code32_start": 0x100000, "initrd_addr_max": 0x2FFFFF, "kernel_alignment": 0x1000,
         "cmdline_size": 2047, "hardware_subarch": 3, "pref_address": 0x104000, "init_size": 0x8000,
         "type_of_loader": 0xFF, "ramdisk_image": 0x2FE000, "ramdisk_size": 5120, "cmd_line_ptr": 0x20000,
-        "e820_entries": 1, "other": 0,
+        "e820_entries": 2, "other": 0,
     }  # fmt: skip
     assert {name: fields[name] for name in expected} == expected
     assert image.setup is not None and image.setup.cmd_line_ptr == 0, "the image's own header is not touched"
@@ -87,7 +87,10 @@ def test_an_elf_kernel_gets_a_plain_header() -> None:
     with GuestMemory.anonymous(SIZE) as memory:
         told = LinuxBoot(image, ram_map(memory), b"x" * 2047, b"initrd").place(memory)
         fields = zero_page(memory, told.address)
+        with pytest.raises(ImageError, match="command line: 2048 bytes, this kernel takes 2047"):
+            LinuxBoot(image, ram_map(memory), b"x" * 2048).place(memory)
     assert (fields["boot_flag"], fields["header"], fields["version"]) == (0xAA55, 0x53726448, 0x206)
+    assert fields["kernel_alignment"] == 16 * MIB
     assert (fields["loadflags"], fields["hardware_subarch"], fields["type_of_loader"]) == (1, 0, 0xFF)
     assert told.initrd == (SIZE - 4096, 6)
 
@@ -126,19 +129,34 @@ def test_a_loader_that_has_a_number_keeps_it() -> None:
     assert header.cmd_line_ptr == 0
 
 
-def test_the_memory_map_is_given_or_all_of_memory() -> None:
-    regions = ((0, 0x90000), (MIB, MIB), (2 * MIB, MIB), (1 << 32, MIB))
+@pytest.mark.parametrize(
+    ("regions", "ram"),
+    [
+        (((0, 0x9000),), [span(0, 0x9000)]),
+        (((0, 4 * MIB),), [span(0, 0xA0000), span(MIB, 4 * MIB)]),
+        (((0, 0xB0000), (0xB0000, 2 * MIB)), [span(0, 0xA0000), span(MIB, 0xB0000 + 2 * MIB)]),
+        (((0, 0x80000), (0x80000, 0x20000), (MIB, MIB)), [span(0, 0xA0000), span(MIB, 2 * MIB)]),
+        (((0xC0000, 0x1000), (2 * MIB, MIB), (3 * MIB, MIB)), [span(2 * MIB, 4 * MIB)]),
+        (
+            ((0, 2 * MIB), (1 << 32, MIB)),
+            [span(0, 0xA0000), span(MIB, 2 * MIB), span(1 << 32, (1 << 32) + MIB)],
+        ),
+    ],
+)
+def test_ram_is_all_of_memory_but_the_hole_of_a_pc(
+    regions: tuple[tuple[int, int], ...], ram: list[GuestRange]
+) -> None:
     with GuestMemory(Region.anonymous(GuestAddress(base), size) for base, size in regions) as memory:
-        assert ram_map(memory) == [
-            (span(0, 0x90000), 1),
-            (span(MIB, 3 * MIB), 1),
-            (span(1 << 32, (1 << 32) + MIB), 1),
-        ]
-        entries = [*ram_map(memory), E820Entry(span(0xFEC00000, 0xFEC01000), E820_TYPE_RESERVED)]
+        assert ram_map(memory) == [(where, 1) for where in ram]
+
+
+def test_the_memory_map_may_tell_of_more_than_ram() -> None:
+    with GuestMemory.anonymous(3 * MIB) as memory:
+        told = (span(0xFEC00000, 0xFEC01000), span((1 << 64) - 1, 1 << 64))
+        entries = [*ram_map(memory), *(E820Entry(where, E820_TYPE_RESERVED) for where in told)]
         LinuxBoot(kernel(), entries).place(memory)
-        assert memory_map(memory, 0x7000) == [
-            (0, 0x90000, 1), (MIB, 2 * MIB, 1), (1 << 32, MIB, 1), (0xFEC00000, 0x1000, 2),
-        ]  # fmt: skip
+        ram = [(0, 0xA0000, 1), (MIB, 2 * MIB, 1)]
+        assert memory_map(memory, 0x7000) == [*ram, *((*where, 2) for where in told)]
 
 
 def test_a_whole_table_of_ranges_fits() -> None:
@@ -161,6 +179,13 @@ def test_the_initrd_avoids_the_first_mib_the_kernel_and_where_it_unpacks_itself(
             LinuxBoot(low, ram_map(memory), initrd=bytes(5000)).place(memory)
 
 
+def test_a_kernel_that_does_not_say_reaches_896_mib() -> None:
+    regions = ((0, SIZE), (0x37F00000, 2 * MIB))
+    with GuestMemory(Region.anonymous(GuestAddress(base), size) for base, size in regions) as memory:
+        boot = LinuxBoot(kernel(initrd_addr_max=0), ram_map(memory), initrd=b"initrd")
+        assert boot.place(memory).initrd == (0x37FFF000, 6)
+
+
 def test_the_initrd_avoids_a_command_line_at_the_top() -> None:
     with GuestMemory.anonymous(SIZE) as memory:
         told = LinuxBoot(
@@ -180,20 +205,28 @@ def test_the_command_line_is_as_long_as_the_kernel_takes(given: int, most: int) 
         assert memory.read(GuestAddress(0x20000), most + 1) == b"x" * most + b"\0"
 
 
-RAM = [E820Entry(span(0, SIZE))]
+RAM = [E820Entry(span(0, MIB)), E820Entry(span(MIB, SIZE))]
 AT = GuestAddress
 REFUSED: dict[str, tuple[LinuxBoot, str]] = {
     "nul": (LinuxBoot(kernel(), RAM, b"a\0b"), "command line: has a NUL at byte 1"),
-    "no-map": (LinuxBoot(kernel(), []), "memory map: 0 entries, not 1 to 128"),
-    "129-entries": (LinuxBoot(kernel(), RAM * 129), "memory map: 129 entries"),
-    "empty-entry": (LinuxBoot(kernel(), [E820Entry(span(0, 0))]), "memory map: entry 0, .* no range"),
-    "negative-entry": (LinuxBoot(kernel(), [E820Entry(span(-1, 9))]), "memory map: entry 0, .* no range"),
+    "no-map": (LinuxBoot(kernel(), []), "memory map: 0 entries, this kernel takes 2 to 128"),
+    "1-entry": (LinuxBoot(kernel(), RAM[:1]), "memory map: 1 entries, this kernel takes 2 to 128"),
+    "129-entries": (LinuxBoot(kernel(), RAM[:1] * 129), "memory map: 129 entries"),
+    "empty-entry": (LinuxBoot(kernel(), [E820Entry(span(0, 0)), *RAM]), "memory map: entry 0, .* no range"),
+    "negative-entry": (
+        LinuxBoot(kernel(), [*RAM, E820Entry(span(-1, 9))]),
+        "memory map: entry 2, .* no range",
+    ),
     "65-bit-entry": (
         LinuxBoot(kernel(), [*RAM, E820Entry(span(16, (1 << 64) + 1), E820_TYPE_RESERVED)]),
-        "memory map: entry 1, .* no range of 64-bit addresses",
+        "memory map: entry 2, .* no range of 64-bit addresses",
+    ),
+    "64-bit-size": (
+        LinuxBoot(kernel(), [*RAM, E820Entry(span(0, 1 << 64), E820_TYPE_RESERVED)]),
+        "memory map: entry 2, .* no range of 64-bit addresses",
     ),
     "ram-that-is-not": (
-        LinuxBoot(kernel(), [E820Entry(span(0, SIZE + 1))]),
+        LinuxBoot(kernel(), [E820Entry(span(0, SIZE + 1)), *RAM]),
         "memory map: entry 0: 0x0 to 0x400001 is not all in guest memory, which ends at 0x400000: .* 5 MiB",
     ),
     "parameters-outside": (

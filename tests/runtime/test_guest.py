@@ -91,11 +91,30 @@ def kvm() -> None:
         pytest.skip(f"KVM cannot be used: {error}")
 
 
+def nothing() -> None:
+    """What usually happens."""
+
+
+def fail() -> None:
+    """A fault of the device: it stops until it is reset."""
+    raise RuntimeError("a fault of the device")
+
+
+class Disk(FileDisk):
+    """A disk with `before_read` in the way of each read."""
+
+    before_read: Callable[[], None] = staticmethod(nothing)
+
+    def read(self, buffers: Sequence[memoryview], offset: int) -> int:
+        self.before_read()
+        return super().read(buffers, offset)
+
+
 @pytest.fixture
-def disk(tmp_path: Path) -> Iterator[FileDisk]:
+def disk(tmp_path: Path) -> Iterator[Disk]:
     path = tmp_path / "disk"
     path.write_bytes(bytes(range(256)) + bytes(SECTORS * 512 - 256))
-    disk = FileDisk.open(str(path))
+    disk = Disk.open(str(path))
     yield disk
     disk.close()
 
@@ -110,6 +129,8 @@ def responder() -> Iterator[Responder]:
 class Keyboard:
     """A console back-end: `type` is its input, `expect` looks for its output."""
 
+    before_write: Callable[[], None] = staticmethod(nothing)
+
     def __init__(self) -> None:
         self._input, self._typing = os.pipe()
         self._shown = bytearray()
@@ -119,6 +140,7 @@ class Keyboard:
         return uio.readv(self._input, buffers)
 
     def write(self, buffers: Sequence[memoryview]) -> None:
+        self.before_write()
         with self._more:
             self._shown += b"".join(buffers)
             self._more.notify_all()
@@ -227,7 +249,7 @@ def boot_parameters() -> bytes:
     return bytes(page)
 
 
-def everything(network: PacketNetwork, *disks: FileDisk) -> list[Device]:
+def everything(network: PacketNetwork, *disks: Disk) -> list[Device]:
     return [Net(network, GUEST_MAC), *map(Block, disks), Entropy(KernelRandom())]
 
 
@@ -292,7 +314,7 @@ SECTOR_5 = """\
 
 
 def test_every_command_does_what_help_says(
-    kvm: None, image: Path, responder: Responder, disk: FileDisk
+    kvm: None, image: Path, responder: Responder, disk: Disk
 ) -> None:
     with Session(image, *everything(responder, disk)) as session:
         assert session.boot() == "lguestlib guest: 32 MiB, 4 devices; try help\n"
@@ -320,7 +342,7 @@ def test_every_command_does_what_help_says(
 
 
 def test_stat_tells_features_and_counts_and_a_ping_costs_one_interrupt(
-    kvm: None, image: Path, responder: Responder, disk: FileDisk
+    kvm: None, image: Path, responder: Responder, disk: Disk
 ) -> None:
     with Session(image, *everything(responder, disk)) as session:
         session.boot()
@@ -377,7 +399,7 @@ REFUSED = {
 
 
 def test_what_cannot_be_done_is_refused_in_one_line_and_spoils_the_verdict(
-    kvm: None, image: Path, responder: Responder, disk: FileDisk
+    kvm: None, image: Path, responder: Responder, disk: Disk
 ) -> None:
     with Session(image, *everything(responder, disk)) as session:
         session.boot()
@@ -412,7 +434,7 @@ def test_without_an_address_there_is_no_ping_and_quiet_leaves_the_banner_out(
 
 
 def test_input_in_chunks_of_any_size_is_executed_in_order(
-    kvm: None, image: Path, responder: Responder, disk: FileDisk
+    kvm: None, image: Path, responder: Responder, disk: Disk
 ) -> None:
     chance = random.Random(19)
     numbers = list(range(40))
@@ -466,7 +488,7 @@ def test_a_line_is_edited_as_it_is_typed(kvm: None, image: Path) -> None:
 
 
 def test_a_line_too_long_is_not_executed(
-    kvm: None, image: Path, responder: Responder, disk: FileDisk
+    kvm: None, image: Path, responder: Responder, disk: Disk
 ) -> None:
     with Session(image, *everything(responder, disk)) as session:
         session.boot()
@@ -477,25 +499,17 @@ def test_a_line_too_long_is_not_executed(
 
 
 @pytest.mark.parametrize("end", ["off", "reboot"])
-def test_all_is_shown_before_the_end(
-    kvm: None, image: Path, end: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_is_shown_before_the_end(kvm: None, image: Path, end: str) -> None:
     with Session(image) as session:
         session.boot()
-        write = session.keyboard.write
-
-        def slow(buffers: Sequence[memoryview]) -> None:
-            time.sleep(0.01)
-            write(buffers)
-
-        monkeypatch.setattr(session.keyboard, "write", slow)
+        session.keyboard.before_write = lambda: time.sleep(0.01)
         session.keyboard.type(b"help\n")
         session.end(end)
         assert session.keyboard.shown == f"help\n{HELP}> {end}\n"
 
 
 def test_a_hundred_resets_under_load_leave_everything_working(
-    kvm: None, image: Path, responder: Responder, disk: FileDisk
+    kvm: None, image: Path, responder: Responder, disk: Disk
 ) -> None:
     with Session(image, *everything(responder, disk)) as session:
         session.boot()
@@ -524,13 +538,13 @@ def arp(operation: int, sender: str, target: str) -> bytes:
     )  # fmt: skip
 
 
-def echo_request(source: str, target: str, data: bytes) -> bytes:
+def echo_request(source: str, target: str, data: bytes, fragment: int = 0) -> bytes:
     def summed(packet: bytes, position: int) -> bytes:
         return packet[:position] + struct.pack("!H", checksum(packet)) + packet[position + 2 :]
 
     icmp = summed(struct.pack("!BBHHH", 8, 0, 0, 0x1234, 7) + data, 2)
     addresses = socket.inet_aton(source) + socket.inet_aton(target)
-    ip = summed(struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(icmp), 99, 0, 5, 1, 0) + addresses, 10)
+    ip = summed(struct.pack("!BBHHHBBH", 0x45, 0, 20 + len(icmp), 99, fragment, 5, 1, 0) + addresses, 10)
     return GUEST_MAC + PEER_MAC + b"\x08\x00" + ip + icmp
 
 
@@ -606,6 +620,8 @@ def test_frames_that_are_damaged_or_for_others_are_not_answered(kvm: None, image
             spoilt(60, 1), spoilt(22, 9), spoilt(14, 0x44), spoilt(14, 0x65), spoilt(16, 0xFF),
             good[:-1], good[:33], good[:14], good[:9], b"", good[:12] + b"\x86\xdd" + good[14:],
             echo_request(GATEWAY, "192.168.19.3", bytes(56)), arp(1, GATEWAY, "192.168.19.3"),
+            echo_request(GATEWAY, GUEST, bytes(56), fragment=0x2000),
+            echo_request(GATEWAY, GUEST, bytes(56), fragment=7),
             arp(2, GATEWAY, GUEST), arp(1, GATEWAY, GUEST)[:41], bytes(1514), b"\xff" * 1514,
         ):  # fmt: skip
             peer.tell(frame)
@@ -615,15 +631,10 @@ def test_frames_that_are_damaged_or_for_others_are_not_answered(kvm: None, image
 
 
 def test_the_network_is_answered_while_a_command_waits(
-    kvm: None, image: Path, peer: Peer, disk: FileDisk, monkeypatch: pytest.MonkeyPatch
+    kvm: None, image: Path, peer: Peer, disk: Disk
 ) -> None:
-    go_on, read = threading.Event(), disk.read
-
-    def slow(buffers: Sequence[memoryview], offset: int) -> int:
-        go_on.wait(PATIENCE)
-        return read(buffers, offset)
-
-    monkeypatch.setattr(disk, "read", slow)
+    go_on = threading.Event()
+    disk.before_read = lambda: nothing() if go_on.wait(PATIENCE) else fail()
     with Session(image, *everything(peer, disk)) as session:
         session.boot()
         session.keyboard.type(b"read 0\nread 1\n")
@@ -652,13 +663,15 @@ def test_a_ping_is_a_well_formed_frame_and_wants_its_own_answer(kvm: None, image
         reply = echo_request(GATEWAY, GUEST, icmp[8:])
         addressed, fields = reply[:34], icmp[4:]
 
-        def answer(identity: bytes) -> bytes:
-            body = b"\0\0" + identity + fields[4:]
-            return addressed + b"\0\0" + struct.pack("!H", checksum(b"\0\0" + body)) + body[2:]
+        def answer(identity: bytes, padding: bytes = b"", addressed: bytes = addressed) -> bytes:
+            body = identity + fields[4:]
+            return addressed + b"\0\0" + struct.pack("!H", checksum(b"\0\0\0\0" + body)) + body + padding
 
-        # Someone else's answer, a late one, and then the one that was waited for.
-        peer.tell(answer(b"\x12\x34" + fields[2:4]))
-        peer.tell(answer(fields[:2] + b"\x77\x77"))
+        stranger = echo_request("192.168.19.9", GUEST, icmp[8:])[:34]
+        # For someone else, late, from a stranger, and then the one waited for: told apart by length.
+        peer.tell(answer(b"\x12\x34" + fields[2:4], b"x"))
+        peer.tell(answer(fields[:2] + b"\x77\x77", b"xx"))
+        peer.tell(answer(fields[:4], b"xxx", stranger))
         peer.ping_guest(b"it is still waiting")
         peer.tell(answer(fields[:4]))
         assert session.keyboard.expect("\n> ").startswith(f"ping\nreply from {GATEWAY}: 98 bytes, ")
@@ -700,11 +713,11 @@ def test_only_the_first_of_two_networks_has_the_address(kvm: None, image: Path, 
 
 
 def test_each_of_several_disks_is_read_by_its_number(
-    kvm: None, image: Path, responder: Responder, disk: FileDisk, tmp_path: Path
+    kvm: None, image: Path, responder: Responder, disk: Disk, tmp_path: Path
 ) -> None:
     path = tmp_path / "second"
     path.write_bytes(b"second" + bytes(1018))
-    second = FileDisk.open(str(path), read_only=True)
+    second = Disk.open(str(path), read_only=True)
     try:
         with Session(image, *everything(responder, disk, second)) as session:
             session.boot()
@@ -722,34 +735,25 @@ def test_each_of_several_disks_is_read_by_its_number(
         second.close()
 
 
-def test_an_io_error_is_told_and_the_disk_goes_on(
-    kvm: None, image: Path, disk: FileDisk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_io_error_is_told_and_the_disk_goes_on(kvm: None, image: Path, disk: Disk) -> None:
+    def bad_medium() -> None:
+        raise OSError(errno.EIO, "bad medium")
+
     with Session(image, Block(disk)) as session:
         session.boot()
-
-        def broken(buffers: Sequence[memoryview], offset: int) -> int:
-            raise OSError(errno.EIO, "bad medium")
-
-        with monkeypatch.context() as patched:
-            patched.setattr(disk, "read", broken)
-            assert session.run("read 0") == "read: I/O error\n"
+        disk.before_read = bad_medium
+        assert session.run("read 0") == "read: I/O error\n"
+        disk.before_read = nothing
         assert session.run("read 0").startswith(SECTOR_0)
 
 
-def test_a_device_that_needs_a_reset_gets_it(
-    kvm: None, image: Path, disk: FileDisk, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_that_needs_a_reset_gets_it(kvm: None, image: Path, disk: Disk) -> None:
     with Session(image, Block(disk)) as session:
         session.boot()
-
-        def dies(buffers: Sequence[memoryview], offset: int) -> int:
-            raise RuntimeError("a fault of the device")
-
         for _ in range(5):
-            with monkeypatch.context() as patched:
-                patched.setattr(disk, "read", dies)
-                assert session.run("read 0") == "read: the disk was reset meanwhile\n"
+            disk.before_read = fail
+            assert session.run("read 0") == "read: the disk was reset meanwhile\n"
+            disk.before_read = nothing
             assert session.run("read 0").startswith(SECTOR_0)
         assert session.reports.count("block0: needs a reset, and gets it") == 5
 
@@ -768,19 +772,16 @@ def test_a_device_that_fails_for_ever_is_given_up(
         assert session.run("ping") == "ping: no network\n"
 
 
-def test_a_console_that_fails_comes_back(
-    kvm: None, image: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_console_that_fails_comes_back(kvm: None, image: Path) -> None:
     with Session(image) as session:
         session.boot()
         assert session.run("rand") == "rand: how many bytes?\n"
-        write = session.keyboard.write
 
-        def dies(buffers: Sequence[memoryview]) -> None:
-            monkeypatch.setattr(session.keyboard, "write", write)
-            raise RuntimeError("a fault of the device")
+        def fail_once() -> None:
+            session.keyboard.before_write = nothing
+            fail()
 
-        monkeypatch.setattr(session.keyboard, "write", dies)
+        session.keyboard.before_write = fail_once
         session.keyboard.type(b"x")
         wait_until(lambda: "console0: needs a reset, and gets it" in session.reports)
         session.keyboard.type(b"y\n")
@@ -788,7 +789,7 @@ def test_a_console_that_fails_comes_back(
 
 
 def test_it_works_without_the_event_index(
-    kvm: None, image: Path, responder: Responder, disk: FileDisk
+    kvm: None, image: Path, responder: Responder, disk: Disk
 ) -> None:
     with Session(image, *everything(responder, disk), without=Feature.RING_EVENT_IDX) as session:
         session.boot()
@@ -803,7 +804,7 @@ def test_it_works_without_the_event_index(
 
 
 def test_queues_as_small_as_the_device_wants(
-    kvm: None, image: Path, responder: Responder, disk: FileDisk
+    kvm: None, image: Path, responder: Responder, disk: Disk
 ) -> None:
     with Session(image, SmallNet(responder, GUEST_MAC), Block(disk), console=SmallConsole) as session:
         session.boot()
@@ -813,7 +814,7 @@ def test_queues_as_small_as_the_device_wants(
         assert session.run("x" * 600) == "x" * 600 + ": unknown command; try help\n"
 
 
-def test_an_idle_guest_sleeps(kvm: None, image: Path, responder: Responder, disk: FileDisk) -> None:
+def test_an_idle_guest_sleeps(kvm: None, image: Path, responder: Responder, disk: Disk) -> None:
     with Session(image, *everything(responder, disk)) as session:
         session.boot()
         session.run("ping")

@@ -16,10 +16,7 @@ import sys
 import threading
 from collections.abc import Callable
 
-from lguestlib.abi.membarrier import membarrier
-
-MEMBARRIER_CMD_GLOBAL_EXPEDITED = 1 << 1
-"""linux/membarrier.h, Linux 4.16: a full barrier of the caller and of all who registered for it."""
+from lguestlib.abi.membarrier import MEMBARRIER_CMD_GLOBAL_EXPEDITED, membarrier
 
 Fence = Callable[[], object]
 

@@ -148,6 +148,10 @@ class MemoryViews:
         No views for a length of zero, whose address must be inside memory, or at
         the end of a region, all the same (S14).  Raises AddressError for a hole.
         """
+        index = bisect_right(self._bases, address) - 1
+        start = address - self.regions[index].base
+        if index >= 0 and 0 < length <= self.regions[index].size - start:
+            return [self.roots[index][start : start + length]]  # as nearly all are
         pieces = _locate(self.regions, self._bases, address, length)
         return [self.roots[index][start : start + room] for index, start, room in pieces if room]
 

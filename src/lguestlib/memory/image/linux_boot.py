@@ -118,7 +118,7 @@ class LinuxBoot:
         if not least <= count <= most:
             raise ImageError(f"memory map: {count} entries, this kernel takes {least} to {most}")
         for index, (where, type) in enumerate(self.e820):
-            if where.start < 0 or where.size <= 0 or where.end > 1 << 64:
+            if where.start < 0 or not 0 < where.size < 1 << 64 or where.end > 1 << 64:
                 raise ImageError(f"memory map: entry {index}, {where}, is no range of 64-bit addresses")
             if type == abi.E820_TYPE_RAM:
                 check_memory(memory, where, f"memory map: entry {index}")
@@ -147,7 +147,10 @@ def ram_map(memory: GuestMemory) -> list[E820Entry]:
     """All of *memory* as RAM, adjacent regions in one entry, without the PC's hole below 1 MiB."""
     ranges: list[GuestRange] = []
     for region in memory.regions:
-        for start, end in ((region.base, min(region.end, HOLE.start)), (max(region.base, HOLE.end), region.end)):
+        for start, end in (
+            (region.base, min(region.end, HOLE.start)),
+            (max(region.base, HOLE.end), region.end),
+        ):
             if start >= end:
                 continue
             if ranges and ranges[-1].end == start:

@@ -1,0 +1,359 @@
+"""The queue thread: what it sleeps in, when it interrupts, and how it ends."""
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from runtime.rigs import Rig, buffer, eventually, nothing_left
+
+from lguestlib.abi import uio
+from lguestlib.abi.signals import interrupt_thread
+from lguestlib.runtime.queue_thread import AT_ONCE, QueueThread
+from lguestlib.runtime.trace import Tracer
+from lguestlib.virtio import errors
+from lguestlib.virtio.chain import Chain
+from lguestlib.virtio.device import Queue, SourceEnded
+from lguestlib.virtio.features import Feature
+from lguestlib.virtio.split_device import SplitDeviceQueue
+
+STOP_SECONDS = 0.1
+"""The longest that stopping a thread may take, from any state."""
+
+PLAIN = int(Feature.VERSION_1)
+
+
+@pytest.fixture(autouse=True)
+def clean() -> Iterator[None]:
+    with nothing_left():
+        yield
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    reader, writer = os.pipe()
+    yield reader, writer
+    os.close(reader)
+    os.close(writer)
+
+
+def taking(chain: Chain) -> int:
+    return 0
+
+
+def asleep(rig: Rig) -> bool:
+    return [(call.call, call.role) for call in rig.tracer.open_calls] == [("read", "kick")]
+
+
+def native_id(name: str) -> int:
+    found = [thread.native_id for thread in threading.enumerate() if thread.name == name]
+    assert found and found[0]
+    return found[0]
+
+
+def processor_nanoseconds(thread_id: int) -> int:
+    return int(Path(f"/proc/self/task/{thread_id}/schedstat").read_text().split()[0])
+
+
+def stop_in_time(rig: Rig) -> None:
+    start = time.monotonic()
+    rig.thread.stop()
+    assert time.monotonic() - start < STOP_SECONDS
+
+
+def test_what_the_driver_adds_comes_back_in_order_and_once() -> None:
+    with Rig(Queue("q", taking)) as rig:
+        rig.start()
+        sizes = [turn % 17 + 1 for turn in range(200)]
+        for size in sizes:
+            for token in range(size):
+                rig.submit(token)
+            assert [token for token, _ in rig.collect(size)] == list(range(size))
+        assert (rig.counters.chains, rig.counters.bytes) == (sum(sizes), 64 * sum(sizes))
+        assert rig.counters.errors == 0
+
+
+def test_t8_what_was_made_available_before_the_thread_exists_is_served_without_a_kick() -> None:
+    with Rig(Queue("q", taking)) as rig:
+        for token in range(5):
+            rig.driver.add([buffer(token)], [], token)
+        rig.start()
+        assert len(rig.collect(5)) == 5
+
+
+def test_a_lone_request_makes_the_seeds_calls_and_no_others() -> None:
+    with Rig(Queue("q", taking), tracer=Tracer()) as rig:
+        rig.start()
+        eventually(lambda: asleep(rig), "the thread's sleep")
+        for token in range(10):
+            before = len(rig.tracer.calls)
+            rig.submit(token)
+            rig.collect(1)
+            eventually(lambda: len(rig.tracer.calls) > before + 1 and asleep(rig), "the thread's sleep")
+            calls = [(call.call, call.role) for call in rig.tracer.calls[before:]]
+            assert calls == [("read", "kick"), ("write", "interrupt")]
+
+
+def test_an_idle_thread_makes_no_calls_and_uses_no_processor() -> None:
+    with Rig(Queue("idle", taking), tracer=Tracer()) as rig:
+        rig.start()
+        eventually(lambda: asleep(rig), "the thread's sleep")
+        before = processor_nanoseconds(native_id("idle"))
+        time.sleep(0.2)
+        assert rig.tracer.calls == []
+        assert processor_nanoseconds(native_id("idle")) == before
+
+
+def test_the_driver_is_told_every_few_chains_and_before_sleep() -> None:
+    gate = threading.Semaphore(0)
+
+    def gated(chain: Chain) -> int:
+        gate.acquire()
+        return 0
+
+    with Rig(Queue("q", gated), features=PLAIN) as rig:
+        for token in range(2 * AT_ONCE + 1):
+            rig.submit(token)
+        rig.start()
+        for served, interrupts in ((AT_ONCE, 1), (AT_ONCE, 2), (1, 3)):
+            for _ in range(served):
+                gate.release()
+            eventually(lambda: rig.counters.interrupts == interrupts, f"interrupt {interrupts}")
+
+
+def test_what_came_from_outside_is_told_of_before_more_is_waited_for(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+
+    def receive(chain: Chain) -> int:
+        return uio.readv(reader, chain.writable)
+
+    with Rig(Queue("q", receive, from_outside=True)) as rig:
+        for token in range(8):
+            rig.submit(token, readable=0, writable=64)
+        rig.start()
+        for token in range(8):
+            os.write(writer, b"frame")
+            assert rig.collect(1) == [(token, 5)]
+
+
+def test_an_unwanted_interrupt_is_not_sent_but_counted() -> None:
+    with Rig(Queue("q", taking)) as rig:
+        rig.driver.disable_interrupts()
+        rig.start()
+        for token in range(3):
+            rig.submit(token)
+            eventually(lambda: rig.counters.suppressed == token + 1, "the count")
+        assert rig.counters.interrupts == 0
+        assert len(rig.driver.reap()) == 3
+
+
+def test_no_notification_is_asked_for_while_the_thread_works() -> None:
+    working, go = threading.Event(), threading.Event()
+
+    def slow(chain: Chain) -> int:
+        working.set()
+        go.wait()
+        return 0
+
+    with Rig(Queue("q", slow), features=PLAIN) as rig:
+        rig.submit(0)
+        rig.start()
+        working.wait()
+        rig.driver.add([buffer(1)], [], 1)
+        assert not rig.driver.kick_needed()
+        go.set()
+        assert len(rig.collect(2)) == 2
+        eventually(lambda: rig.memory.read(rig.driver.layout.used, 2) == bytes(2), "the request for one")
+
+
+def test_s27_a_malformed_chain_ends_the_thread_and_is_reported_after_the_good_ones_before_it() -> None:
+    with Rig(Queue("q", taking)) as rig:
+        rig.submit(0)
+        rig.submit(1)
+        bad = rig.driver.add([buffer(2)], [], 2)
+        rig.memory.write(rig.driver.layout.descriptors, bytes(16 * bad) + b"\xff" * 16)
+        rig.driver.release()
+        rig.start()
+        eventually(lambda: bool(rig.failures), "the failure")
+        assert isinstance(rig.failures[0], errors.ChainError)
+        assert (rig.counters.errors, rig.counters.chains) == (1, 2 if bad else 0)
+        stop_in_time(rig)
+
+
+def test_a_service_that_fails_ends_the_thread_and_what_was_served_is_returned() -> None:
+    def failing(chain: Chain) -> int:
+        if chain.readable_length == 66:
+            raise RuntimeError("broken device")
+        return 0
+
+    with Rig(Queue("q", failing)) as rig:
+        for token in range(5):
+            rig.submit(token, readable=64 + token)
+        rig.start()
+        eventually(lambda: bool(rig.failures), "the failure")
+        assert str(rig.failures[0]) == "broken device"
+        assert [token for token, _ in rig.collect(2)] == [0, 1]
+        assert rig.ring.next_available == 2
+
+
+def test_a_device_that_claims_to_have_written_more_than_there_is_room_for_fails() -> None:
+    with Rig(Queue("q", lambda chain: 65)) as rig:
+        rig.submit(0, readable=0, writable=64)
+        rig.start()
+        eventually(lambda: bool(rig.failures), "the failure")
+        failure = rig.failures[0]
+        assert isinstance(failure, errors.UsedLengthError)
+        assert (failure.queue, failure.length, failure.room) == (0, 65, 64)
+
+
+def test_a_source_that_has_ended_leaves_the_chain_with_the_driver_and_the_thread_at_rest() -> None:
+    def ended(chain: Chain) -> int:
+        raise SourceEnded
+
+    with Rig(Queue("q", ended, from_outside=True)) as rig:
+        rig.submit(0, readable=0, writable=64)
+        rig.start()
+        eventually(lambda: rig.ring.next_available == 0, "the chain's return")
+        rig.submit(1, readable=0, writable=64)
+        time.sleep(0.02)
+        assert (rig.failures, rig.driver.reap(), rig.counters.chains) == ([], [], 0)
+        stop_in_time(rig)
+
+
+def test_a_signal_that_means_nothing_does_not_disturb(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+
+    def receive(chain: Chain) -> int:
+        return uio.readv(reader, chain.writable)
+
+    with Rig(Queue("stray", receive, from_outside=True)) as rig:
+        rig.submit(0, readable=0, writable=64)
+        rig.start()
+        for _ in range(20):
+            interrupt_thread(native_id("stray"))
+            time.sleep(0.001)
+        os.write(writer, b"frame")
+        assert rig.collect(1) == [(0, 5)]
+
+
+def _in_a_read(pipe: tuple[int, int]) -> Callable[[Chain], int]:
+    return lambda chain: uio.readv(pipe[0], chain.writable)
+
+
+def _in_a_write(pipe: tuple[int, int]) -> Callable[[Chain], int]:
+    os.set_blocking(pipe[1], False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(pipe[1], bytes(4096))
+    os.set_blocking(pipe[1], True)
+    return lambda chain: uio.writev(pipe[1], chain.readable) * 0
+
+
+def _in_a_nap(pipe: tuple[int, int]) -> Callable[[Chain], int]:
+    def nap(chain: Chain) -> int:
+        time.sleep(0.02)
+        return 0
+
+    return nap
+
+
+@pytest.mark.parametrize("state", [_in_a_read, _in_a_write, _in_a_nap])
+def test_stopping_takes_under_100_ms_and_leaves_what_was_not_done_with_the_driver(
+    pipe: tuple[int, int], state: Callable[[tuple[int, int]], Callable[[Chain], int]]
+) -> None:
+    entered = threading.Event()
+    serve = state(pipe)
+
+    def service(chain: Chain) -> int:
+        entered.set()
+        return serve(chain)
+
+    with Rig(Queue("q", service)) as rig:
+        for token in range(20):
+            rig.submit(token, readable=64, writable=64)
+        rig.start()
+        entered.wait()
+        time.sleep(0.005)
+        stop_in_time(rig)
+        done = [token for token, _ in rig.driver.reap()]
+        assert done == list(range(rig.counters.chains))
+        assert rig.ring.next_available == len(done) < 20
+        assert rig.failures == []
+
+
+def test_stopping_a_sleeping_thread_a_thousand_times_is_always_prompt() -> None:
+    with Rig(Queue("q", taking)) as rig:
+        rig.start()
+        for turn in range(300):
+            stop_in_time(rig)
+            rig.renew()
+            rig.start()
+            rig.submit(turn)
+            if turn % 3:
+                rig.collect(1)
+            else:
+                rig.driver.reap()
+
+
+def test_nothing_is_lost_or_done_twice_when_threads_come_and_go_under_load() -> None:
+    seen: list[int] = []
+
+    def note(chain: Chain) -> int:
+        seen.append(chain.readable_length)
+        return 0
+
+    total = 3000
+    with Rig(Queue("q", note), size=32) as rig:
+        rig.start()
+        sent = 0
+        back: list[int] = []
+        while len(back) < total:
+            while sent < total and rig.driver.free:
+                rig.submit(sent, readable=sent + 1)
+                sent += 1
+            if sent % 5 == 0:
+                rig.thread.stop()
+                rig.renew()
+                rig.start()
+            back += [token for token, _ in rig.driver.reap()]
+        assert back == list(range(total))
+        assert seen == [token + 1 for token in range(total)]
+
+
+def test_finishing_serves_what_is_there_and_then_ends() -> None:
+    with Rig(Queue("q", taking)) as rig:
+        for token in range(30):
+            rig.submit(token)
+        rig.start()
+        rig.thread.request_finish()
+        assert rig.thread.join(5)
+        assert len(rig.driver.reap()) == 30
+
+
+def test_y10_the_failure_is_told_on_the_thread_that_had_it_as_its_last_act() -> None:
+    names: list[str] = []
+
+    def failed(thread: QueueThread, error: Exception) -> None:
+        names.append(threading.current_thread().name)
+        thread.request_stop()
+
+    with Rig(Queue("doomed", lambda chain: 1 // 0), on_failure=failed) as rig:
+        rig.submit(0)
+        rig.start()
+        eventually(lambda: names == ["doomed"], "the report")
+
+
+def test_s24_a_ring_in_use_before_is_signalled_once_because_nobody_knows_what_was() -> None:
+    with Rig(Queue("q", taking)) as rig:
+        rig.start()
+        rig.submit(0)
+        rig.collect(1)
+        rig.thread.stop()
+        rig.driver.disable_interrupts()
+        rig.renew()
+        assert isinstance(rig.ring, SplitDeviceQueue)
+        interrupts = rig.counters.interrupts
+        rig.start()
+        eventually(lambda: rig.counters.interrupts == interrupts + 1, "the one interrupt")
