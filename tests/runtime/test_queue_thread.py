@@ -89,6 +89,7 @@ def test_a_lone_request_makes_the_seeds_calls_and_no_others() -> None:
         eventually(lambda: asleep(rig), "the thread's sleep")
         for token in range(10):
             before = len(rig.tracer.calls)
+            rig.driver.enable_interrupts()
             rig.submit(token)
             rig.collect(1)
             eventually(lambda: len(rig.tracer.calls) > before + 1 and asleep(rig), "the thread's sleep")
