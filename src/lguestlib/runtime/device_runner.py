@@ -66,7 +66,10 @@ class DeviceRunner:
                 case Notify(index):
                     self.kicks[index].signal()
                 case DriverReady(features):
-                    self.device.activate(features)
+                    try:
+                        self.device.activate(features)
+                    except Exception as error:
+                        self._fail(self.device.name, error)
                     for layout in self.transport.layouts:
                         self._start(layout)
                 case QueueReady(layout):
@@ -82,14 +85,14 @@ class DeviceRunner:
                     self.transport.reset_done()
 
     def _start(self, layout: QueueLayout) -> None:
-        index = layout.index
-        queue = self.queues[index]
         if self.failure:
             return
+        index = layout.index
+        queue = self.queues[index]
         try:
             ring = SplitDeviceQueue(layout, self._memory, self.transport.features)
         except VirtioError as error:
-            self._fail(queue.name, error)
+            self._fail(f"{self.device.name} {queue.name}", error)
             return
         thread = QueueThread(
             f"{self.device.name} {queue.name}", queue, ring, self.kicks[index], self.interrupt,
@@ -112,8 +115,7 @@ class DeviceRunner:
         """The device stops working until the driver resets it (virtio 1.3, 2.1.2)."""
         if self.failure:
             return
-        # The frames of its traceback would keep views of guest memory alive.
-        self.failure = error.with_traceback(None)
+        self.failure = _without_frames(error)
         for thread in list(self._threads.values()):
             thread.request_stop()
         self.transport.fail()
@@ -152,3 +154,12 @@ class DeviceRunner:
         for kick in self.kicks:
             kick.close()
         self.interrupt.close()
+
+
+def _without_frames(error: Exception) -> Exception:
+    """*error* without the frames it came through: they keep views of guest memory alive (Y4)."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__context__
+    return error

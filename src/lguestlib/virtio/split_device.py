@@ -59,7 +59,11 @@ class SplitDeviceQueue:
         self.index = layout.index
         self.size = size = layout.size
         self._memory = views = memory.views()
-        layout.check(views)
+        try:
+            layout.check(views)
+        except errors.QueueLayoutError:
+            views.release()
+            raise
         self._descriptors = views.slice(layout.descriptors, 16 * size)
         available = views.slice(layout.available, 6 + 2 * size).cast("B").cast("H")
         self._avail_flags = available[0:1]

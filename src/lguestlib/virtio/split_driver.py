@@ -53,7 +53,11 @@ class SplitDriverQueue(Generic[Token]):
         self.index = layout.index
         self.size = size = layout.size
         self._memory = views = memory.views()
-        layout.check(views)
+        try:
+            layout.check(views)
+        except errors.QueueLayoutError:
+            views.release()
+            raise
         # Descriptors are written whole before avail.idx announces them.
         self._descriptors = views.slice(layout.descriptors, 16 * size)
         available = views.slice(layout.available, 6 + 2 * size)
