@@ -19,8 +19,6 @@ from lguestlib.abi.libc import check, function
 from lguestlib.memory.fence import new_fence
 
 PTRACE_TRACEME = 0
-PTRACE_CONT = 7
-PTRACE_KILL = 8
 PTRACE_SINGLESTEP = 9
 PTRACE_GETREGS = 12
 
