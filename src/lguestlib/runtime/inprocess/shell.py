@@ -21,6 +21,7 @@ from lguestlib.virtio.split_driver import Buffer
 
 PAGES_AT = GuestAddress(0x10_0000)
 RANDOM_MAX = 1024
+PINGS_MAX = 1000
 
 _HEADER = struct.Struct("<IIQ")
 _NAMES = {
@@ -166,7 +167,9 @@ class Shell:
                 raise _Refused(f"'{arguments[0]}' is not an address") from None
         if not target or not network.address:
             raise _Refused("no address")
-        count = _number(arguments, 1, "a count") if len(arguments) > 1 else 1
+        count = _number(arguments, 1, f"a count from 1 to {PINGS_MAX}") if len(arguments) > 1 else 1
+        if not 0 < count <= PINGS_MAX:
+            raise _Refused(f"'{arguments[1]}' is not a count from 1 to {PINGS_MAX}")
         name = socket.inet_ntoa(target)
         neighbour = network.resolve(target)
         if not neighbour:
