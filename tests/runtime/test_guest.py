@@ -324,7 +324,7 @@ def test_every_command_does_what_help_says(
         assert re.fullmatch(reply, run("ping"))
         assert re.fullmatch(reply, run(f"ping {GATEWAY}"))
         assert re.fullmatch(reply + "1 sent, 1 received\n", run(f"ping {GATEWAY} 1"))
-        assert run(f"ping {GATEWAY} 25") == "25 sent, 25 received\n"
+        assert re.fullmatch(f"({reply}){{25}}25 sent, 25 received\n", run(f"ping {GATEWAY} 25"))
         dump = run("read 0")
         assert dump.startswith(SECTOR_0) and dump.endswith(SECTOR_0_END)
         assert run("write 5 hello,  disk") == "wrote sector 5\n"
@@ -392,7 +392,7 @@ REFUSED = {
     "rand 1025": "rand: '1025' is not a number from 1 to 1024",
     "ping 1.2.3": "ping: '1.2.3' is not an address",
     "ping 1.2.3.256": "ping: '1.2.3.256' is not an address",
-    "ping 1.2.3.4 0": "ping: '0' is not a count",
+    "ping 1.2.3.4 0": "ping: '0' is not a count from 1 to 1000",
     "reset x": "reset: 'x' is not a count",
     "off now": "off: 'now' is one word too many",
 }  # fmt: skip
@@ -515,7 +515,7 @@ def test_a_hundred_resets_under_load_leave_everything_working(
         session.boot()
         threads = threading.active_count()
         assert session.run("reset 100") == "100 resets, ok\n"
-        assert session.run(f"ping {GATEWAY} 5") == "5 sent, 5 received\n"
+        assert session.run(f"ping {GATEWAY} 5").endswith("5 sent, 5 received\n")
         assert session.run("read 0").startswith(SECTOR_0)
         assert len(session.run("rand 8")) == 17
         assert threading.active_count() == threads
@@ -689,7 +689,7 @@ def test_a_ping_without_an_answer_fails_after_a_second_and_an_unknown_host_after
         peer.ask_for_guest()
         # The gateway is known now, and it is the way to what is not on the network.
         start = time.monotonic()
-        assert session.run("ping 10.1.2.3") == "ping: no answer from 10.1.2.3\n"
+        assert session.run("ping 10.1.2.3") == "no answer from 10.1.2.3\n"
         assert time.monotonic() - start > 0.9
         frame = peer.hear()
         assert frame[:6] == PEER_MAC and frame[30:34] == socket.inet_aton("10.1.2.3")
@@ -794,7 +794,7 @@ def test_it_works_without_the_event_index(
     with Session(image, *everything(responder, disk), without=Feature.RING_EVENT_IDX) as session:
         session.boot()
         assert session.run("read 0").startswith(SECTOR_0)
-        assert session.run(f"ping {GATEWAY} 50") == "50 sent, 50 received\n"
+        assert session.run(f"ping {GATEWAY} 50").endswith("50 sent, 50 received\n")
         assert session.run("reset 3") == "3 resets, ok\n"
         assert len(session.run("rand 1024")) == 32 * 65
         stat = session.run("stat")
@@ -810,7 +810,7 @@ def test_queues_as_small_as_the_device_wants(
         session.boot()
         for _ in range(3):
             assert session.run("read 0").startswith(SECTOR_0)
-            assert session.run(f"ping {GATEWAY} 30") == "30 sent, 30 received\n"
+            assert session.run(f"ping {GATEWAY} 30").endswith("30 sent, 30 received\n")
         assert session.run("x" * 600) == "x" * 600 + ": unknown command; try help\n"
 
 
@@ -847,6 +847,11 @@ def test_there_is_no_instruction_the_emulator_does_not_know(compiler: None, imag
     assert {"call", "hlt", "popf", "ret", "sti"} <= mnemonics
     assert not [mnemonic for mnemonic in mnemonics if FOREIGN.match(mnemonic)]
     assert not re.search(r"%(xmm|mm|st|cr|dr)", listing)
+
+
+def test_both_stores_of_an_index_are_fenced_from_the_look_that_follows(compiler: None, image: Path) -> None:
+    listing = subprocess.run(["objdump", "-d", image], check=True, capture_output=True, text=True).stdout
+    assert len(re.findall(r"\tlock ", listing)) == 2
 
 
 def tools(image: Path) -> str:

@@ -125,6 +125,8 @@ def _descriptors(
 ) -> Iterator[tuple[int, int, int]]:
     """Address, length and flags of each buffer descriptor, through an indirect table too (S8)."""
     index, seen, inside = int(head), 0, False
+    if index >= size:
+        raise errors.HeadOutOfRange(queue, head, size)
     while True:
         seen += 1
         if seen > size:

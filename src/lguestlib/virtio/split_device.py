@@ -79,16 +79,21 @@ class SplitDeviceQueue:
         self._indirect = bool(features & Feature.RING_INDIRECT_DESC)
         self._event_idx = bool(features & Feature.RING_EVENT_IDX)
         self._notify_on_empty = bool(features & Feature.NOTIFY_ON_EMPTY)
+        if self._event_idx:
+            # The driver ignores them then, and the specification wants them 0 (S25).
+            self._used_flags[0] = 0
         self._fence = new_fence()
-        self._acquire = new_acquire()
+        # Off x86 it is a full fence, which stands before an index that is written, too (S20, S23).
+        self._order = new_acquire()
 
         self._mask = size - 1
         self._next = int(next_available)
-        self._used = self._used_idx[0]
+        # Chains used and chains signalled: not cut to 16 bits, so that their difference never is.
+        self._used: int = self._used_idx[0]
         self._signalled = self._used
         # What was used before this queue object was made may never have been signalled (S24).
-        self._signal_once = self._used != 0
-        self._broken: errors.QueueError | None = None
+        self._signal_once = bool(self._used or next_available)
+        self._fault: errors.QueueError | None = None
         self._chains = [Chain(DescriptorIndex(head)) for head in range(size)]
         # Most buffers are in one region: the short cut knows only that one.
         home = views.largest
@@ -116,13 +121,12 @@ class SplitDeviceQueue:
         announced: int = self._avail_idx[0]
         position = self._next
         count = announced - position & 0xFFFF
+        if self._fault or count > self.size:
+            raise self._take_fault(announced)
         if not count:
             return ()
-        if self._broken or count > self.size:
-            self._broken = self._broken or errors.AvailIndexError(self.index, announced, position, self.size)
-            raise self._broken
-        if self._acquire:
-            self._acquire()
+        if self._order:
+            self._order()
         if count > limit:
             count = limit
         start = position & self._mask
@@ -136,13 +140,15 @@ class SplitDeviceQueue:
         popped: list[Chain] = []
         try:
             self._decode_each(heads, popped)
-        except errors.ChainError:
-            # The good ones before it come first.
+        except errors.ChainError as error:
             if popped and not popped[-1].in_flight:
                 popped.pop()
             if not popped:
                 self._next = position + 1 & 0xFFFF
                 raise
+            # The good ones before it come first; what was found is reported all the same (S29).
+            error.__traceback__ = error.__context__ = None
+            self._fault = error
         self._next = position + len(popped) & 0xFFFF
         return popped
 
@@ -219,11 +225,25 @@ class SplitDeviceQueue:
                     continue
             self._decode(chain)
 
+    def _take_fault(self, announced: int) -> errors.QueueError:
+        """What `pop_many` raises: a malformed chain's error once, for an impossible index always."""
+        fault = self._fault
+        if fault is None:
+            fault = self._fault = errors.AvailIndexError(self.index, announced, self._next, self.size)
+        elif isinstance(fault, errors.ChainError):
+            self._fault = None
+            self._next = self._next + 1 & 0xFFFF
+        # Or each raising would add to it.
+        return fault.with_traceback(None)
+
     def put_back(self, chains: Sequence[Chain]) -> None:
         """Return *chains*, the last ones popped and none of them begun, to the available ring."""
         for chain in chains:
             chain.in_flight = False
         self._next = self._next - len(chains) & 0xFFFF
+        if isinstance(self._fault, errors.ChainError):
+            # It comes behind them, and is found again.
+            self._fault = None
 
     def push(self, chain: Chain, written: int) -> None:
         """Give *chain* back to the driver, *written* bytes filled from its writable start.
@@ -231,16 +251,18 @@ class SplitDeviceQueue:
         Raises NotInFlight and UsedLengthError for a mistake of the device's code
         (virtio 1.3, 2.7.8.2; S19, S20).
         """
-        if not chain.in_flight or written > chain.writable_length:
+        if not chain.in_flight or not 0 <= written <= chain.writable_length:
             raise self._refuse(chain, written)
         used = self._used
         ring = self._used_ring
         slot = (used & self._mask) << 1
         ring[slot] = chain.head
         ring[slot + 1] = written
-        self._used = used = used + 1 & 0xFFFF
-        self._used_idx[0] = used
         chain.in_flight = False
+        self._used = used = used + 1
+        if self._order:
+            self._order()
+        self._used_idx[0] = used & 0xFFFF
 
     def push_many(self, chains: Sequence[Chain]) -> None:
         """`push` each of *chains*, its `written` set, with used.idx moved once, at the end.
@@ -251,7 +273,7 @@ class SplitDeviceQueue:
         try:
             for chain in chains:
                 written = chain.written
-                if written > chain.writable_length or not chain.in_flight:
+                if not 0 <= written <= chain.writable_length or not chain.in_flight:
                     raise self._refuse(chain, written)
                 slot = (used & mask) << 1
                 ring[slot] = chain.head
@@ -259,8 +281,10 @@ class SplitDeviceQueue:
                 used += 1
                 chain.in_flight = False
         finally:
-            self._used = used = used & 0xFFFF
-            self._used_idx[0] = used
+            self._used = used
+            if self._order:
+                self._order()
+            self._used_idx[0] = used & 0xFFFF
 
     def _refuse(self, chain: Chain, written: int) -> errors.ChainError:
         if not chain.in_flight:
@@ -307,7 +331,7 @@ class SplitDeviceQueue:
             return True
         if self._event_idx:
             event: int = self._used_event[0]
-            return (new - event - 1 & 0xFFFF) < (new - old & 0xFFFF)
+            return (new - event - 1 & 0xFFFF) < new - old
         flags: int = self._avail_flags[0]
         return not flags & VRING_AVAIL_F_NO_INTERRUPT
 

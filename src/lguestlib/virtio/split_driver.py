@@ -75,12 +75,15 @@ class SplitDriverQueue(Generic[Token]):
         self._avail_event = used[4 + 8 * size :].cast("H")
         self._event_idx = bool(features & Feature.RING_EVENT_IDX)
         self._fence = new_fence()
-        self._acquire = new_acquire()
+        # Off x86 it is a full fence, which stands before an index that is written, too (S20, S23).
+        self._order = new_acquire()
         self._free = list(range(size - 1, -1, -1))
         self._in_flight: dict[int, _InFlight[Token]] = {}
+        # Chains made available, and how many of them when `kick_needed` last looked: not cut to 16 bits.
         self._available = 0
         self._announced = 0
         self._used = 0
+        self._fault: errors.ChainError | None = None
 
     @property
     def free(self) -> int:
@@ -102,7 +105,9 @@ class SplitDriverQueue(Generic[Token]):
         """Make a chain of buffers available and return its head (virtio 1.3, 2.7.13).
 
         With *table* the descriptors go into an indirect table there, 16 bytes
-        for each buffer.  Raises QueueFull, ValueError for a chain of no buffer.
+        for each buffer.  Raises QueueFull, ValueError for a chain of no buffer,
+        AddressError for a table outside memory, struct.error for a buffer that
+        no descriptor can tell of; nothing has been added then.
         """
         buffers = [(buffer, 0) for buffer in readable]
         buffers += [(buffer, VRING_DESC_F_WRITE) for buffer in writable]
@@ -111,7 +116,7 @@ class SplitDriverQueue(Generic[Token]):
         needed = 1 if table is not None else len(buffers)
         if needed > len(self._free):
             raise QueueFull(f"queue {self.index}: {needed} descriptors wanted, {len(self._free)} free")
-        taken = [self._free.pop() for _ in range(needed)]
+        taken = self._free[: -needed - 1 : -1]
         if table is None:
             self._write(self._descriptors, taken, buffers)
         else:
@@ -120,12 +125,15 @@ class SplitDriverQueue(Generic[Token]):
             DESCRIPTOR.pack_into(
                 self._descriptors, 16 * taken[0], table, 16 * len(buffers), VRING_DESC_F_INDIRECT, 0
             )
+        del self._free[-needed:]
         head = taken[0]
         room = sum(buffer.length for buffer in writable)
         self._in_flight[head] = _InFlight(token, taken, room)
         self._avail_ring[self._available & (self.size - 1)] = head
-        self._available = self._available + 1 & 0xFFFF
-        self._avail_idx[0] = self._available
+        self._available += 1
+        if self._order:
+            self._order()
+        self._avail_idx[0] = self._available & 0xFFFF
         return DescriptorIndex(head)
 
     @staticmethod
@@ -145,7 +153,7 @@ class SplitDriverQueue(Generic[Token]):
         self._announced = new
         if self._event_idx:
             event: int = self._avail_event[0]
-            return (new - event - 1 & 0xFFFF) < (new - old & 0xFFFF)
+            return (new - event - 1 & 0xFFFF) < new - old
         flags: int = self._used_flags[0]
         return not flags & VRING_USED_F_NO_NOTIFY
 
@@ -153,32 +161,44 @@ class SplitDriverQueue(Generic[Token]):
         """The tokens of the chains used since the last call, each with the bytes written (2.7.14).
 
         Raises UsedIndexError, NotInFlight or UsedLengthError for a device that
-        returns what it was not given.
+        returns what it was not given.  Good ones before it come first, and but for
+        the impossible index the queue has gone past it.
         """
+        reaped = [] if self._fault else self._reap()
+        if self._fault and not reaped:
+            fault, self._fault = self._fault, None
+            self._used = self._used + 1 & 0xFFFF
+            raise fault
+        return reaped
+
+    def _reap(self) -> list[tuple[Token, int]]:
+        """The good ones that are next; of one that is not, the error in `_fault`."""
         announced: int = self._used_idx[0]
         count = announced - self._used & 0xFFFF
         if not count:
             return []
         if count > len(self._in_flight):
             raise errors.UsedIndexError(self.index, announced, self._used)
-        if self._acquire:
-            self._acquire()
+        if self._order:
+            self._order()
         reaped: list[tuple[Token, int]] = []
         freed: list[int] = []
-        for _ in range(count):
-            slot = (self._used & (self.size - 1)) << 1
+        for position in range(self._used, self._used + count):
+            slot = (position & (self.size - 1)) << 1
             head: int = self._used_ring[slot]
             written: int = self._used_ring[slot + 1]
-            self._used = self._used + 1 & 0xFFFF
             entry = self._in_flight.pop(head, None)
             if entry is None:
-                raise errors.NotInFlight(self.index, head)
+                self._fault = errors.NotInFlight(self.index, head)
+                break
             freed += entry.descriptors
             if written > entry.room:
-                raise errors.UsedLengthError(self.index, head, written, entry.room)
+                self._fault = errors.UsedLengthError(self.index, head, written, entry.room)
+                break
             reaped.append((entry.token, written))
         # The next chains get the same descriptors in the same order: a steady load stays in few cache lines.
         self._free.extend(reversed(freed))
+        self._used = self._used + len(reaped) & 0xFFFF
         return reaped
 
     def disable_interrupts(self) -> None:

@@ -7,6 +7,7 @@
 #include "text.h"
 #include "virtio.h"
 
+#define PINGS_MAX 1000
 #define HELP_COLUMN 24
 
 static bool help(char *arguments)
@@ -49,18 +50,18 @@ static void print_echo(uint32_t address, const struct echo *echo)
 
 static bool ping(char *arguments)
 {
+    static struct echo echoes[PINGS_MAX];
     char *address_word = next_word(&arguments), *count_word = next_word(&arguments);
     uint32_t address = net_gateway, next_hop, received = 0;
     const char *end;
-    struct echo echo;
     uint64_t count = 1;
 
     if (address_word && (!(end = scan_address(address_word, &address)) || *end)) {
         print("ping: '%s' is not an address\n", address_word);
         return false;
     }
-    if (count_word && !is_number(count_word, 1, UINT32_MAX, &count)) {
-        print("ping: '%s' is not a count\n", count_word);
+    if (count_word && !is_number(count_word, 1, PINGS_MAX, &count)) {
+        print("ping: '%s' is not a count from 1 to %u\n", count_word, PINGS_MAX);
         return false;
     }
     if (!ends("ping", arguments))
@@ -83,16 +84,21 @@ static bool ping(char *arguments)
         return false;
     }
     for (uint32_t sent = 0; sent < count; sent++) {
-        if (net_resolve(next_hop) && net_ping(address, next_hop, &echo))
+        if (net_resolve(next_hop) && net_ping(address, next_hop, &echoes[sent])) {
             received++;
-        else
+        } else {
+            echoes[sent].length = 0;
             /* Perhaps the address has moved. */
             net_forget(next_hop);
+        }
     }
-    if (count == 1 && received)
-        print_echo(address, &echo);
-    if (count == 1 && !received)
-        print("ping: no answer from %a\n", address);
+    /* Told of when all are done, so that the console is silent in between. */
+    for (uint32_t sent = 0; sent < count; sent++) {
+        if (echoes[sent].length)
+            print_echo(address, &echoes[sent]);
+        else
+            print("no answer from %a\n", address);
+    }
     if (count_word)
         print("%u sent, %u received\n", (uint32_t)count, received);
     return received == count;
@@ -299,6 +305,7 @@ static bool stat(char *arguments)
 static bool reset_all(void)
 {
     struct virtio_device *device, *end = devices + device_count;
+    bool all = true;
 
     for (device = devices; device < end; device++)
         if (device->running && device->driver->submit)
@@ -307,9 +314,9 @@ static bool reset_all(void)
         if (device->driver == &console_driver || virtio_start(device))
             continue;
         print("reset: %s%u does not come back\n", device->driver->name, device->number);
-        return false;
+        all = false;
     }
-    return true;
+    return all;
 }
 
 static bool reset(char *arguments)

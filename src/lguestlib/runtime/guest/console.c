@@ -69,9 +69,9 @@ void console_put(char character)
 
 void console_flush(void)
 {
-    struct virtio_device *console = virtio_find(&console_driver, 0);
+    struct virtio_device *console;
 
-    if (console && output)
+    if (output && (console = virtio_find(&console_driver, 0)))
         queue_send(&console->queues[TRANSMIT], output_length);
     output = NULL;
 }

@@ -60,7 +60,7 @@ void virtio_add(uint64_t registers, uint64_t line)
 
     if (device_count == DEVICES_MAX || registers >> 32 || line > 23 || read32(base + MAGIC_VALUE) != MAGIC ||
         read32(base + VERSION) != 2) {
-        last_words("no place for a device at 0x%8x", (uint32_t)base);
+        last_words("nothing to be used at 0x%8x", (uint32_t)base);
         return;
     }
     for (unsigned i = 0; i < sizeof drivers / sizeof *drivers; i++)
