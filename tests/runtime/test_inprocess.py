@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 
 import pytest
+from runtime.dialogue import HELP, REFUSED
 from runtime.rigs import nothing_left
 
 from lguestlib.memory.address import GuestAddress
@@ -71,7 +72,7 @@ class Script:
 def run(keys: str, command_line: str = ADDRESSES, devices: str = "block net rng") -> tuple[Outcome, str]:
     """A session with the shell: how it ended, and all that the console showed."""
     script = Script(keys.encode())
-    disk = FileDisk.scratch(64 * 512)
+    disk = FileDisk.scratch(128 * 512)
     network = Responder("192.168.19.1")
     made: dict[str, Device] = {
         "block": Block(disk), "net": Net(network, bytes.fromhex("020000000002")), "rng": Entropy(KernelRandom()),
@@ -158,9 +159,8 @@ def test_off_has_the_verdict_of_all_commands_and_reboot_is_one_outcome() -> None
     assert run("reboot\n")[0] == Reboot()
 
 
-def test_help_names_every_command() -> None:
-    named = [line.split()[0] for line in answer("help").splitlines()]
-    assert named == ["help", "ping", "read", "write", "flush", "rand", "stat", "reset", "off", "reboot"]
+def test_help_shows_every_command() -> None:
+    assert answer("help") == HELP
 
 
 def test_what_is_written_is_read_back() -> None:
@@ -183,32 +183,32 @@ def test_a_ping_tells_its_round_trip() -> None:
     assert re.fullmatch(f"({reply}){{3}}3 sent, 3 received\n", answer("ping 192.168.19.1 3"))
 
 
+def test_stat_tells_of_every_device_and_queue() -> None:
+    lines = answer("stat").splitlines()
+    assert lines[0] == "block0: features FLUSH EVENT_IDX VERSION_1; 0 interrupts; requests: 0 requests, 0 kicks"
+    assert [line.split(":")[0] for line in lines] == ["block0", "net0", "rng0", "console0"]
+
+
+def test_without_an_address_there_is_no_ping_and_quiet_leaves_the_banner_out() -> None:
+    refusal = "ping: no address of our own; boot with ip=GUEST::GATEWAY:NETMASK\n"
+    assert answer("ping", command_line="quiet") == refusal
+    assert answer("ping", command_line="ip=192.168.19.2") == "ping: no gateway; name an address\n"
+    assert run("off\n", command_line="quiet")[1] == "> off\n"
+    assert "guest: 16 MiB, 4 devices; try help" in run("off\n")[1]
+
+
 def test_resets_under_load_leave_everything_working() -> None:
     outcome, shown = run("ping\nreset 50\nping\nread 0\nrand 4\noff\n")
     assert outcome == PowerOff(0)
     assert "50 resets, ok\n" in shown and shown.count("reply from") == 2
 
 
-@pytest.mark.parametrize(
-    ("command", "refusal"),
-    [
-        ("read", "read: '' is not a sector number"),
-        ("read abc", "read: 'abc' is not a sector number"),
-        ("read 64", "read: sector 64 is past the end of the disk (capacity 64 sectors)"),
-        ("read 0 1", "read: no disk 1"),
-        ("write -1 x", "write: '-1' is not a sector number"),
-        ("rand", "rand: '' is not a number of bytes"),
-        ("rand 0", "rand: 0 is not between 1 and 1024"),
-        ("rand 99999999999", "rand: 99999999999 is not between 1 and 1024"),
-        ("ping 1.2.3", "ping: '1.2.3' is not an address"),
-        ("ping 192.168.19.1 0", "ping: '0' is not a count from 1 to 1000"),
-        ("what", "what: unknown command; try help"),
-    ],
-)
-def test_a_wrong_command_is_one_line_and_a_verdict(command: str, refusal: str) -> None:
-    outcome, shown = run(f"{command}\noff\n")
+def test_what_cannot_be_done_is_refused_in_one_line_and_spoils_the_verdict() -> None:
+    outcome, shown = run("".join(f"{command}\n" for command in REFUSED) + "flush\noff\n")
     assert outcome == PowerOff(1)
-    assert shown.split(f"> {command}\n", 1)[1].split("> off")[0] == refusal + "\n"
+    answers = re.findall(r"^> (.*)\n(.*)$", shown, re.MULTILINE)
+    assert dict(answers[: len(REFUSED)]) == REFUSED
+    assert answers[len(REFUSED)] == ("flush", "flushed")
 
 
 @pytest.mark.parametrize(

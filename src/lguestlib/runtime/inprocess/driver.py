@@ -41,7 +41,8 @@ class Used(NamedTuple):
 class GuestQueue:
     """A virtqueue of chains, each known by the buffer it was made for."""
 
-    def __init__(self, index: int, pages: Pages, kick: Callable[[], None]) -> None:
+    def __init__(self, index: int, name: str, pages: Pages, kick: Callable[[], None]) -> None:
+        self.name = name
         layout = QueueLayout.contiguous(index, QUEUE_SIZE, GuestAddress(0))
         self.layout = QueueLayout.contiguous(index, QUEUE_SIZE, pages.take(layout.end))
         self.requests = 0
@@ -91,7 +92,8 @@ class GuestDevice:
         self.features = 0
         self.interrupts = 0
         self.queues = [
-            GuestQueue(index, pages, runner.kicks[index].signal) for index in range(len(runner.queues))
+            GuestQueue(index, queue.name, pages, runner.kicks[index].signal)
+            for index, queue in enumerate(runner.queues)
         ]
         self._wanted = wanted | (RING_FEATURES & ~Feature.RING_INDIRECT_DESC)
 

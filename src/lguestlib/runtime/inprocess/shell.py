@@ -16,10 +16,12 @@ from lguestlib.runtime.inprocess.network import ECHO_FRAME_SIZE, RECEIVE, Networ
 from lguestlib.runtime.inprocess.terminal import GuestTerminal
 from lguestlib.runtime.machine import Crash, Outcome, PowerOff, Reboot
 from lguestlib.virtio.devices.block import SECTOR
+from lguestlib.virtio.features import Feature
 from lguestlib.virtio.mmio_driver import MmioDriver
 from lguestlib.virtio.split_driver import Buffer
 
 PAGES_AT = GuestAddress(0x10_0000)
+_U32_MAX, _U64_MAX = (1 << 32) - 1, (1 << 64) - 1
 RANDOM_MAX = 1024
 PINGS_MAX = 1000
 
@@ -27,11 +29,14 @@ _HEADER = struct.Struct("<IIQ")
 _NAMES = {
     VIRTIO_ID_NET: "net", VIRTIO_ID_BLOCK: "block", VIRTIO_ID_CONSOLE: "console", VIRTIO_ID_RNG: "rng",
 }  # fmt: skip
-_WANTED = {
-    VIRTIO_ID_NET: 1 << net.VIRTIO_NET_F_MAC,
-    VIRTIO_ID_BLOCK: 1 << blk.VIRTIO_BLK_F_FLUSH | 1 << blk.VIRTIO_BLK_F_RO,
-    VIRTIO_ID_CONSOLE: 1 << console.VIRTIO_CONSOLE_F_SIZE,
+_FEATURES = {
+    VIRTIO_ID_NET: {"MAC": 1 << net.VIRTIO_NET_F_MAC},
+    VIRTIO_ID_BLOCK: {"FLUSH": 1 << blk.VIRTIO_BLK_F_FLUSH, "RO": 1 << blk.VIRTIO_BLK_F_RO},
+    VIRTIO_ID_CONSOLE: {"SIZE": 1 << console.VIRTIO_CONSOLE_F_SIZE},
+    VIRTIO_ID_RNG: {},
 }
+"""What this guest's drivers know of each device type, beside the ring's features."""
+_RING_FEATURES = {"EVENT_IDX": int(Feature.RING_EVENT_IDX), "VERSION_1": int(Feature.VERSION_1)}
 
 
 class _Refused(Exception):
@@ -63,7 +68,8 @@ class Shell:
         self._data = Buffer(self._pages.take(RANDOM_MAX), RANDOM_MAX)
         address, self._gateway = _addresses(command_line)
         self._devices = list(self._discover(address))
-        self._commands: dict[str, tuple[str, str, Callable[[list[str]], None]]] = {
+        self._quiet = "quiet" in command_line.split()
+        self._commands: dict[str, tuple[str, str, Callable[[str], None]]] = {
             "help": ("help", "show this", self._help),
             "ping": ("ping [ADDRESS [COUNT]]", "send echo requests, to the gateway unless told", self._ping),
             "read": ("read SECTOR [DISK]", "show a sector", self._read),
@@ -85,7 +91,7 @@ class Shell:
                 continue
             number = counts[name] = counts.get(name, -1) + 1
             device = GuestDevice(
-                f"{name}{number}", runner, self._machine.memory, self._pages, _WANTED.get(kind, 0)
+                f"{name}{number}", runner, self._machine.memory, self._pages, sum(_FEATURES[kind].values())
             )
             if kind == VIRTIO_ID_CONSOLE and not self._terminal:
                 self._terminal = GuestTerminal(device, self._pages, self._sleep)
@@ -103,11 +109,13 @@ class Shell:
             return Crash("the guest has no console")
         for device in self._devices:
             self._start(device)
-        self._print("lguestlib in-process guest; try help")
+        if not self._quiet:
+            size = sum(region.size for region in self._machine.memory.regions) >> 20
+            self._print(f"lguestlib in-process guest: {size} MiB, {len(self._devices)} devices; try help")
         try:
             while True:
                 self._terminal.write("> ")
-                self._execute(self._terminal.read_line().split())
+                self._execute(self._terminal.read_line())
         except _Ended as ended:
             return ended.outcome
         finally:
@@ -138,38 +146,40 @@ class Shell:
         if self._terminal:
             self._terminal.write(line + "\n")
 
-    def _execute(self, words: list[str]) -> None:
-        if not words:
+    def _execute(self, line: str) -> None:
+        name, _, rest = line.strip().partition(" ")
+        if not name:
             return
-        name, *arguments = words
         command = self._commands.get(name)
         try:
             if not command:
                 raise _Refused("unknown command; try help")
-            command[2](arguments)
+            command[2](rest.strip())
         except _Refused as refusal:
             self._failed = True
             self._print(f"{name}: {refusal}")
 
-    def _help(self, arguments: list[str]) -> None:
+    def _help(self, rest: str) -> None:
+        _words(rest, 0)
         for usage, purpose, _ in self._commands.values():
             self._print(f"  {usage:<24}{purpose}")
 
-    def _ping(self, arguments: list[str]) -> None:
+    def _ping(self, rest: str) -> None:
+        address, count_word = _words(rest, 2)
+        target = self._gateway
+        if address:
+            try:
+                target = socket.inet_pton(socket.AF_INET, address)
+            except OSError:
+                raise _Refused(f"'{address}' is not an address") from None
+        count = _number(count_word, 1, PINGS_MAX, f"a count from 1 to {PINGS_MAX}") if count_word else 1
         network = self._network
         if not network:
             raise _Refused("no network")
-        target = self._gateway
-        if arguments:
-            try:
-                target = socket.inet_pton(socket.AF_INET, arguments[0])
-            except OSError:
-                raise _Refused(f"'{arguments[0]}' is not an address") from None
-        if not target or not network.address:
-            raise _Refused("no address")
-        count = _number(arguments, 1, f"a count from 1 to {PINGS_MAX}") if len(arguments) > 1 else 1
-        if not 0 < count <= PINGS_MAX:
-            raise _Refused(f"'{arguments[1]}' is not a count from 1 to {PINGS_MAX}")
+        if not network.address:
+            raise _Refused("no address of our own; boot with ip=GUEST::GATEWAY:NETMASK")
+        if not target:
+            raise _Refused("no gateway; name an address")
         name = socket.inet_ntoa(target)
         neighbour = network.resolve(target)
         if not neighbour:
@@ -181,18 +191,20 @@ class Shell:
                 self._print(f"no answer from {name}")
             else:
                 self._print(f"reply from {name}: {ECHO_FRAME_SIZE} bytes, {seconds * 1e6:.3f} us")
-        if len(arguments) > 1:
+        if count_word:
             self._print(f"{count} sent, {count - trips.count(None)} received")
         self._failed |= None in trips
 
-    def _disk(self, arguments: list[str], position: int) -> GuestDevice:
-        number = _number(arguments, position, "a disk") if len(arguments) > position else 0
+    def _disk(self, word: str) -> GuestDevice:
+        number = _number(word, 0, _U32_MAX, "a disk number") if word else 0
         if number >= len(self._disks):
-            raise _Refused("no disk" if not number else f"no disk {number}")
+            raise _Refused(f"no disk {number}" if word else "no disk")
         return self._disks[number]
 
-    def _sector(self, disk: GuestDevice, arguments: list[str]) -> int:
-        sector = _number(arguments, 0, "a sector number")
+    def _sector(self, disk: GuestDevice, word: str) -> int:
+        if not word:
+            raise _Refused("which sector?")
+        sector = _number(word, 0, _U64_MAX, "a sector number")
         capacity = int.from_bytes(disk.driver.config(0, 8), "little")
         if sector >= capacity:
             raise _Refused(f"sector {sector} is past the end of the disk (capacity {capacity} sectors)")
@@ -226,31 +238,41 @@ class Shell:
                 self._sleep()
         raise _Refused("the device has failed")
 
-    def _read(self, arguments: list[str]) -> None:
-        disk = self._disk(arguments, 1)
-        sector = self._sector(disk, arguments)
-        self._transfer(disk, blk.VIRTIO_BLK_T_IN, sector)
+    def _read(self, rest: str) -> None:
+        sector_word, disk_word = _words(rest, 2)
+        disk = self._disk(disk_word)
+        self._transfer(disk, blk.VIRTIO_BLK_T_IN, self._sector(disk, sector_word))
         for line in _hexdump(self._machine.memory.read(self._data.address, SECTOR)):
             self._print(line)
 
-    def _write(self, arguments: list[str]) -> None:
-        disk = self._disk([], 0)
-        sector = self._sector(disk, arguments)
-        text = " ".join(arguments[1:]).encode("latin-1")[:SECTOR]
-        self._machine.memory.write(self._data.address, text.ljust(SECTOR, b"\0"))
+    def _write(self, rest: str) -> None:
+        word, _, text = rest.partition(" ")
+        disk = self._disk("")
+        sector = self._sector(disk, word)
+        data = text.lstrip().encode("latin-1")
+        if len(data) > SECTOR:
+            raise _Refused("the text is longer than a sector")
+        if disk.features & 1 << blk.VIRTIO_BLK_F_RO:
+            raise _Refused("the disk is read-only")
+        self._machine.memory.write(self._data.address, data.ljust(SECTOR, b"\0"))
         self._transfer(disk, blk.VIRTIO_BLK_T_OUT, sector)
         self._print(f"wrote sector {sector}")
 
-    def _flush(self, arguments: list[str]) -> None:
-        self._transfer(self._disk(arguments, 0), blk.VIRTIO_BLK_T_FLUSH, 0)
+    def _flush(self, rest: str) -> None:
+        (disk_word,) = _words(rest, 1)
+        disk = self._disk(disk_word)
+        # A disk that does not offer it writes through (5.2.6.2).
+        if disk.features & 1 << blk.VIRTIO_BLK_F_FLUSH:
+            self._transfer(disk, blk.VIRTIO_BLK_T_FLUSH, 0)
         self._print("flushed")
 
-    def _rand(self, arguments: list[str]) -> None:
+    def _rand(self, rest: str) -> None:
+        (word,) = _words(rest, 1)
+        if not word:
+            raise _Refused("how many bytes?")
+        wanted = _number(word, 1, RANDOM_MAX, f"a number from 1 to {RANDOM_MAX}")
         if not self._entropy:
             raise _Refused("no entropy device")
-        wanted = _number(arguments, 0, "a number of bytes")
-        if not 0 < wanted <= RANDOM_MAX:
-            raise _Refused(f"{wanted} is not between 1 and {RANDOM_MAX}")
         data = b""
         while len(data) < wanted:
             written = self._complete(self._entropy, [], [Buffer(self._data.address, wanted - len(data))])
@@ -258,14 +280,18 @@ class Shell:
         for start in range(0, wanted, 32):
             self._print(data[start : start + 32].hex())
 
-    def _stat(self, arguments: list[str]) -> None:
+    def _stat(self, rest: str) -> None:
+        _words(rest, 0)
         for device in self._devices:
-            self._print(f"{device.name}: features {device.features:#x}, {device.interrupts} interrupts")
-            for queue in device.queues:
-                self._print(f"  queue {queue.layout.index}: {queue.requests} requests, {queue.kicks} kicks")
+            bits = _FEATURES[device.driver.device_type] | _RING_FEATURES
+            known = [name for name, bit in bits.items() if device.features & bit]
+            parts = [f"{device.name}: features {' '.join(known)}", f"{device.interrupts} interrupts"]
+            parts += [f"{queue.name}: {queue.requests} requests, {queue.kicks} kicks" for queue in device.queues]
+            self._print("; ".join(parts))
 
-    def _reset(self, arguments: list[str]) -> None:
-        count = _number(arguments, 0, "a number of resets") if arguments else 1
+    def _reset(self, rest: str) -> None:
+        (word,) = _words(rest, 1)
+        count = _number(word, 1, _U32_MAX, "a count") if word else 1
         devices = [
             device for device in self._devices if not self._terminal or device is not self._terminal.device
         ]
@@ -288,10 +314,12 @@ class Shell:
         elif self._network and device is self._network.device and self._gateway:
             self._network.ask(self._gateway)
 
-    def _off(self, arguments: list[str]) -> None:
+    def _off(self, rest: str) -> None:
+        _words(rest, 0)
         raise _Ended(PowerOff(int(self._failed)))
 
-    def _reboot(self, arguments: list[str]) -> None:
+    def _reboot(self, rest: str) -> None:
+        _words(rest, 0)
         raise _Ended(Reboot())
 
 
@@ -304,14 +332,21 @@ def _addresses(command_line: str) -> tuple[bytes, bytes]:
     return b"", b""
 
 
-def _number(arguments: list[str], position: int, what: str) -> int:
-    text = arguments[position] if len(arguments) > position else ""
+def _words(rest: str, most: int) -> list[str]:
+    """The arguments of a command that takes *most* of them, empty where they are not given."""
+    words = rest.split()
+    if len(words) > most:
+        raise _Refused(f"'{words[most]}' is one word too many")
+    return words + [""] * (most - len(words))
+
+
+def _number(word: str, low: int, high: int, what: str) -> int:
     try:
-        number = int(text, 16 if text.startswith("0x") else 10)
+        number = int(word[2:], 16) if word.startswith("0x") else int(word)
     except ValueError:
         number = -1
-    if number < 0:
-        raise _Refused(f"'{text}' is not {what}")
+    if not low <= number <= high:
+        raise _Refused(f"'{word}' is not {what}")
     return number
 
 
