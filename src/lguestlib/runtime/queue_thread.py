@@ -46,7 +46,6 @@ class QueueThread:
         self._stopping = self._finishing = False
         # A received packet is told of before the next one is waited for.
         self._at_once = 1 if queue.from_outside else AT_ONCE
-        self._unsignalled = 0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -97,25 +96,22 @@ class QueueThread:
     def _serve(self) -> None:
         ring, kick, counters = self._ring, self._kick, self.counters
         ring.disable_notifications()
-        try:
-            while not self._stopping:
-                if self.serve_available():
-                    continue
-                self._signal()
-                if ring.enable_notifications():
-                    continue
-                if self._finishing:
-                    return
-                counters.kicks += kick.wait()
-                counters.wakeups += 1
-                ring.disable_notifications()
-        finally:
-            self._signal()
+        # What was returned before this thread began may never have been told of (T8, S24).
+        self._signal(0)
+        while not self._stopping:
+            if self.serve_available() or ring.enable_notifications():
+                continue
+            if self._finishing:
+                return
+            counters.kicks += kick.wait()
+            counters.wakeups += 1
+            ring.disable_notifications()
 
     def serve_available(self) -> bool:
         """Serve the next chains, a few at most, on the calling thread; False if there were none.
 
-        Those it has begun are returned to the driver, the others to the available ring.
+        Those it has begun are returned to the driver, which is told of them; the
+        others go back to the available ring.
         """
         ring, service = self._ring, self._service
         chains = ring.pop_many(self._at_once)
@@ -139,9 +135,7 @@ class QueueThread:
                 ring.put_back(chains[served:])
                 chains = chains[:served]
             ring.push_many(chains)
-            self._unsignalled += served
-            if self._unsignalled >= self._at_once:
-                self._signal()
+            self._signal(served)
             counters = self.counters
             counters.chains += served
             counters.bytes += moved
@@ -149,14 +143,13 @@ class QueueThread:
             self._rest()
         return True
 
-    def _signal(self) -> None:
-        """Interrupt the guest if it wants to be told of what was returned to it."""
+    def _signal(self, returned: int) -> None:
+        """Interrupt the guest if it wants to be told of the chains that were *returned* to it."""
         if self._ring.should_interrupt():
             self._interrupt.signal()
             self.counters.interrupts += 1
-        elif self._unsignalled:
+        elif returned:
             self.counters.suppressed += 1
-        self._unsignalled = 0
 
     def _rest(self) -> None:
         """Nothing more will come from outside: sleep until stopped."""
