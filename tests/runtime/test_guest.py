@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Self
 
 import pytest
+from runtime.dialogue import HELP, REFUSED
 
 from lguestlib.abi import uio
 from lguestlib.abi.elf import PT_LOAD, Elf32_Ehdr, Elf32_Phdr
@@ -274,19 +275,6 @@ def wait_until(happened: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-HELP = """\
-  help                    show this
-  ping [ADDRESS [COUNT]]  send echo requests, to the gateway unless told
-  read SECTOR [DISK]      show a sector
-  write SECTOR TEXT       fill a sector of disk 0
-  flush [DISK]            wait until what was written is on stable storage
-  rand N                  show N random bytes
-  stat                    show the devices and their counters
-  reset [N]               reset every device but the console, N times, under load
-  off                     switch off
-  reboot                  start over
-"""
-
 SECTOR_0 = """\
 00000000  00 01 02 03 04 05 06 07  08 09 0a 0b 0c 0d 0e 0f  |................|
 00000010  10 11 12 13 14 15 16 17  18 19 1a 1b 1c 1d 1e 1f  |................|
@@ -366,36 +354,6 @@ def test_stat_tells_features_and_counts_and_a_ping_costs_one_interrupt(
         assert receive.chains == 21 and receive.interrupts == int(counts[1])
         assert (transmit.chains, transmit.interrupts) == (21, 0)
         assert session.machine.runners[3].counters[1].interrupts == 0
-
-
-REFUSED = {
-    "nonsense": "nonsense: unknown command; try help",
-    "read 99999": "read: sector 99999 is past the end of the disk (capacity 128 sectors)",
-    "read 128": "read: sector 128 is past the end of the disk (capacity 128 sectors)",
-    "write 0x80 x": "write: sector 128 is past the end of the disk (capacity 128 sectors)",
-    "read 18446744073709551615":
-        "read: sector 18446744073709551615 is past the end of the disk (capacity 128 sectors)",
-    "read 18446744073709551616": "read: '18446744073709551616' is not a sector number",
-    "read abc": "read: 'abc' is not a sector number",
-    "read 5x": "read: '5x' is not a sector number",
-    "read -1": "read: '-1' is not a sector number",
-    "read 0x": "read: '0x' is not a sector number",
-    "read": "read: which sector?",
-    "read 5 1": "read: no disk 1",
-    "read 5 b": "read: 'b' is not a disk number",
-    "read 5 0 0": "read: '0' is one word too many",
-    "write": "write: which sector?",
-    "write 5 " + "x" * 513: "write: the text is longer than a sector",
-    "flush 7": "flush: no disk 7",
-    "rand": "rand: how many bytes?",
-    "rand 0": "rand: '0' is not a number from 1 to 1024",
-    "rand 1025": "rand: '1025' is not a number from 1 to 1024",
-    "ping 1.2.3": "ping: '1.2.3' is not an address",
-    "ping 1.2.3.256": "ping: '1.2.3.256' is not an address",
-    "ping 1.2.3.4 0": "ping: '0' is not a count from 1 to 1000",
-    "reset x": "reset: 'x' is not a count",
-    "off now": "off: 'now' is one word too many",
-}  # fmt: skip
 
 
 def test_what_cannot_be_done_is_refused_in_one_line_and_spoils_the_verdict(

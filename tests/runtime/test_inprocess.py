@@ -17,6 +17,7 @@ from lguestlib.runtime.backend.responder import Responder
 from lguestlib.runtime.inprocess.driver import GuestDevice, Pages
 from lguestlib.runtime.inprocess.machine import InprocessMachine
 from lguestlib.runtime.inprocess.shell import shell
+from lguestlib.runtime.inprocess.terminal import LINE_MAX, LineEditor
 from lguestlib.runtime.machine import Crash, Outcome, PowerOff, Reboot, Stopped
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Device, Queue
@@ -219,9 +220,39 @@ def test_a_device_that_is_not_there_is_said_to_be_missing(command: str, refusal:
     assert answer(command, devices="") == f"{command.split()[0]}: {refusal}\n"
 
 
-def test_a_line_is_edited_as_it_is_typed() -> None:
-    _, shown = run("nonsensf\x7fe\x15\x15rand x\b4\x03help\noff\n")
-    assert "unknown command" not in shown and "show this" in shown
+@pytest.mark.parametrize(
+    ("typed", "line"),
+    [
+        (b"help\n", b"help"),
+        (b"help\r", b"help"),
+        (b"hexx\x7f\blp\n", b"help"),
+        (b"\x7fhelp\n", b"help"),
+        (b"nonsense\x15help\n", b"help"),
+        (b"nonsense\x03", b""),
+        (b"he\x1b[Dl\x1b[1;5Cp\x1bOA\n", b"help"),
+        (b"read\t1\n", b"read 1"),
+        (b"caf\xc3\xa9\x7fe\n", b"cafe"),
+        (b"x" * LINE_MAX + b"\n", b"x" * LINE_MAX),
+    ],
+)
+def test_a_line_is_edited_as_it_is_typed(typed: bytes, line: bytes) -> None:
+    editor = LineEditor()
+    *before, last = typed
+    for byte in before:
+        editor.key(byte)
+        assert editor.ended is None
+    editor.key(last)
+    assert editor.ended == line
+
+
+def test_a_line_that_does_not_fit_is_refused_whole() -> None:
+    outcome, shown = run("off" + " " * LINE_MAX + "\nhelp\noff\n")
+    assert outcome == PowerOff(1)
+    assert "the line is too long\n> help\n" in shown
+
+
+def test_carriage_return_and_line_feed_end_one_line() -> None:
+    assert run("help\r\noff\r\n")[1].count("> ") == 2
 
 
 def test_input_of_any_size_is_taken_a_line_at_a_time() -> None:

@@ -84,7 +84,8 @@ static void read_memory_map(const uint8_t *boot_params)
             memory_end = end > LAPIC ? LAPIC : end;
         }
     }
-    memory_mib = total >> 20;
+    /* The PC's hole below 1 MiB is not counted. */
+    memory_mib = (total + (1 << 20) - 1) >> 20;
     free_memory = (uintptr_t)image_end;
 }
 

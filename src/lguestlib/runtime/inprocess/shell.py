@@ -13,7 +13,7 @@ from lguestlib.memory.address import GuestAddress
 from lguestlib.runtime.inprocess.driver import GuestDevice, Pages
 from lguestlib.runtime.inprocess.machine import InprocessMachine
 from lguestlib.runtime.inprocess.network import ECHO_FRAME_SIZE, RECEIVE, NetworkCard
-from lguestlib.runtime.inprocess.terminal import GuestTerminal
+from lguestlib.runtime.inprocess.terminal import GuestTerminal, LineTooLong
 from lguestlib.runtime.machine import Crash, Outcome, PowerOff, Reboot
 from lguestlib.virtio.devices.block import SECTOR
 from lguestlib.virtio.features import Feature
@@ -115,7 +115,11 @@ class Shell:
         try:
             while True:
                 self._terminal.write("> ")
-                self._execute(self._terminal.read_line())
+                try:
+                    self._execute(self._terminal.read_line())
+                except LineTooLong:
+                    self._failed = True
+                    self._print("the line is too long")
         except _Ended as ended:
             return ended.outcome
         finally:
