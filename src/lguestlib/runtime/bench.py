@@ -4,12 +4,9 @@ Absolute times swing with the machine; the ratio, taken as the median over many
 short turns of both, holds.
 """
 
-import json
 import os
 import random
 import statistics
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +18,6 @@ from lguestlib.abi import virtio_blk
 from lguestlib.abi.eventfd import BYTES, SIGNAL, eventfd
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
-from lguestlib.memory.region import Region
 from lguestlib.runtime.backend.file import FileDisk
 from lguestlib.runtime.backend.packet import PacketNetwork
 from lguestlib.runtime.backend.tap import Tap
@@ -93,9 +89,8 @@ def in_turns(name: str, work: Turn, primitive_name: str, primitive: Turn) -> Fig
 class _Bench:
     """A ring in memory with both of its sides, and a queue thread, not started, that serves it."""
 
-    def __init__(self, queue: Queue, shared: bool = False) -> None:
-        made = Region.memfd if shared else Region.anonymous
-        self.memory = GuestMemory([made(GuestAddress(0), MEMORY_SIZE)])
+    def __init__(self, queue: Queue) -> None:
+        self.memory = GuestMemory.anonymous(MEMORY_SIZE)
         layout = QueueLayout.contiguous(0, QUEUE_SIZE, RING_AT)
         self.driver: SplitDriverQueue[None] = SplitDriverQueue(layout, self.memory, int(FEATURES))
         self.ring = SplitDeviceQueue(layout, self.memory, int(FEATURES))
@@ -181,9 +176,9 @@ def _ring_turn(
 def bench_wake() -> Iterator[Figure]:
     """From the driver's kick to the interrupt it gets, through a queue's thread.
 
-    The driver is a process of its own, as a guest is, and on another processor
-    where there are two; the primitive is an eventfd back and forth between it
-    and a bare thread.
+    The driver is this thread, on another processor where there are two, as a
+    guest is; the primitive is an eventfd back and forth between it and a bare
+    thread.
     """
     processors = sorted(os.sched_getaffinity(0))
 
@@ -192,7 +187,7 @@ def bench_wake() -> Iterator[Figure]:
         return 0
 
     with ExitStack() as opened:
-        bench = _Bench(Queue("wake", serve), shared=True)
+        bench = _Bench(Queue("wake", serve))
         opened.callback(bench.close)
         bench.thread.start()
         there, back = eventfd(), eventfd()
@@ -200,37 +195,23 @@ def bench_wake() -> Iterator[Figure]:
         opened.callback(os.close, back)
         echo = threading.Thread(target=_echo, args=(there, back, processors[-1:]), daemon=True)
         echo.start()
-        handed = [bench.memory.regions[0].fd, bench.kick.fd, bench.interrupt.fd, there, back]
-        program = f"from lguestlib.runtime.bench import drive_wake; drive_wake({processors[0]}, *{handed})"
-        done = subprocess.run(
-            [sys.executable, "-c", program], pass_fds=handed, stdout=subprocess.PIPE, check=True, text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        )  # fmt: skip
-        os.write(there, _STOP)
-        echo.join()
-        yield Figure(**json.loads(done.stdout))
-
-
-def drive_wake(processor: int, memory_fd: int, kick: int, interrupt: int, there: int, back: int) -> None:
-    """The driver of `bench_wake`, in its own process: prints the figure as JSON."""
-    os.sched_setaffinity(0, [processor])
-    with GuestMemory([Region.from_fd(GuestAddress(0), MEMORY_SIZE, memory_fd)]) as memory:
-        layout = QueueLayout.contiguous(0, QUEUE_SIZE, RING_AT)
-        driver: SplitDriverQueue[None] = SplitDriverQueue(layout, memory, int(FEATURES))
+        opened.callback(echo.join)
+        opened.callback(os.write, there, _STOP)
+        opened.callback(os.sched_setaffinity, 0, processors)
+        os.sched_setaffinity(0, processors[:1])
+        driver = bench.driver
 
         def through_thread() -> float:
             driver.enable_interrupts()
             driver.add([Buffer(GuestAddress(BUFFERS_AT), 64)], [], None)
-            took = _round_trip(kick, interrupt)
+            took = _round_trip(bench.kick.fd, bench.interrupt.fd)
             driver.reap()
             return took
 
-        figure = in_turns(
+        yield in_turns(
             "wake: kick to interrupt", _median_of(through_thread),
             "two wake-ups of bare threads", _median_of(lambda: _round_trip(there, back)),
         )  # fmt: skip
-        driver.release()
-    print(json.dumps(figure._asdict()))
 
 
 _STOP = (1 << 32).to_bytes(8, "little")
@@ -244,7 +225,7 @@ def _echo(there: int, back: int, processors: list[int]) -> None:
 
 def _round_trip(there: int, back: int) -> float:
     # The other side has to have gone to sleep, as in life.
-    time.sleep(0.0002)
+    time.sleep(0.0001)
     start = time.perf_counter_ns()
     os.write(there, SIGNAL)
     os.read(back, BYTES)
