@@ -2,7 +2,11 @@
 
 import sys
 
-from lguestlib.cli import main
-
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        from lguestlib.cli import main
+
+        sys.exit(main())
+    except KeyboardInterrupt:
+        # ^C before there was anything to interrupt.
+        sys.exit(130)

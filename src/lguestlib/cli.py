@@ -6,22 +6,18 @@ one ended it; three ^C count as SIGINT.
 """
 
 import argparse
+import errno
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import metadata
-from types import FrameType
 from typing import NoReturn
 
-from lguestlib.abi.memfd import memfd
-from lguestlib.runtime.attachments import LaunchError
-from lguestlib.runtime.backend.terminal import Terminal
+from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.interface import InterfaceAddress
-from lguestlib.runtime.launcher import Launcher
-from lguestlib.runtime.machine import Crash, Machine, PowerOff
 from lguestlib.runtime.options import (
     DEFAULT_DEVICES,
     DEFAULT_NETWORK,
@@ -39,9 +35,15 @@ from lguestlib.runtime.trace import Tracer, chrome_trace
 
 USAGE = 2
 FAILURE = 1
-ESCAPED = 128 + signal.SIGINT
+SIGNALLED = 128
+"""And the signal's number."""
 
 _HYPERVISORS = ("auto", "kvm", "inprocess")
+
+_LINE_MAX = 4096
+"""Bytes that a pipe ready for writing takes at once (pipe(7), PIPE_BUF)."""
+
+_TELL_SECONDS = 0.05
 
 _OVERVIEW = """\
 usage: python -m lguestlib COMMAND [OPTIONS]
@@ -64,19 +66,24 @@ examples:
 _RUN_EXAMPLES = """\
 examples:
   run                                  built-in guest, scratch disk, rng, private network
-  run --exec 'ping; rand 16'           feed commands; the exit status is the guest's verdict
+  run --exec 'ping; rand 16'           type these; the exit status is the guest's verdict
   run --block disk.img --block old.img,readonly
   run --tunnet 192.168.19.1            a TAP interface on the host; the guest is 192.168.19.2
   run --tunnet bridge:br0:02:00:00:00:00:05 --append ip=10.0.0.5::10.0.0.1:255.0.0.0
   run --trace trace.json --exec ping   open the file in ui.perfetto.dev
   run 64 vmlinux --tunnet=192.168.19.1 --block=rootfile root=/dev/vda
+  run 64 vmlinux -- -x --y=z           words with dashes for the kernel
 
-Devices appear on the bus in the order given, the console last.  The built-in
-guest gets what is not named too: a private network, a scratch disk, rng.  ^C three times
-within a second ends the launcher; so do SIGTERM and SIGHUP.
+Devices appear on the bus in the order given, the console last.  The built-in guest
+gets what is not named too: a private network, a scratch disk, rng.  A kernel gets all
+three if no device is named.
 
-exit status: the guest's verdict; 1 if something failed; 2 for a wrong command
-line; 130 after ^C, 143 after SIGTERM, 129 after SIGHUP.
+^C goes to the guest; three within a second end the launcher, and so do SIGINT, SIGTERM,
+SIGHUP and SIGQUIT, and a console whose output nobody takes.  At the end of its input
+the guest runs on.
+
+exit status: the guest's verdict, 0 or 1 for the built-in one; 1 if something failed;
+2 for a wrong command line; 130 after ^C, 128 and its number after a signal.
 """
 
 _PING_EXAMPLES = """\
@@ -84,6 +91,21 @@ examples:
   ping                                 five pings, the last one drawn
   ping --count 1000 --json             every call of every ping, and percentiles
   ping --hypervisor inprocess --trace trace.json
+
+exit status: 0 if every ping was answered, 1 if not, 2 for a wrong command line, 130 after ^C.
+"""
+
+_PROBE_EXAMPLES = """\
+examples:
+  probe
+  probe --json | python -m json.tool
+"""
+
+_BENCH_EXAMPLES = """\
+examples:
+  bench
+  bench ring wake
+  bench block --json
 """
 
 
@@ -92,8 +114,17 @@ class _UsageError(Exception):
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, command: str, description: str, epilog: str, usage: str | None = None) -> None:
+        super().__init__(
+            f"python -m lguestlib {command}", usage, description, epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+
     def error(self, message: str) -> NoReturn:
         raise _UsageError(f"{message} ({self.prog} --help shows how)")
+
+    def print_help(self, file: object = None) -> None:
+        _show(self.format_help().rstrip())
 
 
 class _AppendDevice(argparse.Action):
@@ -123,19 +154,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LaunchError as error:
         _say(str(error))
         return FAILURE
+    except KeyboardInterrupt:
+        _abandon_output()
+        return SIGNALLED + signal.SIGINT
     except BrokenPipeError:
-        # Whoever read our output has gone; nothing more can be told.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return FAILURE
+    except OSError as error:
+        about = f"{error.filename}: " if error.filename else ""
+        remedy = " (ulimit -n raises the limit)" if error.errno == errno.EMFILE else ""
+        _say(f"{about}{error.strerror or error}{remedy}")
         return FAILURE
 
 
 def _dispatch(words: list[str]) -> int:
     command = words[0] if words else "--help"
     if command in ("--help", "-h", "help"):
-        print(_OVERVIEW, end="")
+        _show(_OVERVIEW.rstrip())
         return 0 if words else USAGE
     if command == "--version":
-        print(f"lguestlib {_version()}")
+        _show(f"lguestlib {_version()}")
         return 0
     commands: dict[str, Callable[[list[str]], int]] = {
         "run": _run, "ping": _ping, "probe": _probe, "bench": _bench,
@@ -146,6 +183,8 @@ def _dispatch(words: list[str]) -> int:
 
 
 def _version() -> str:
+    from importlib import metadata
+
     try:
         return metadata.version("lguestlib")
     except metadata.PackageNotFoundError:
@@ -161,10 +200,41 @@ def _fill_standard_descriptors() -> None:
             return
 
 
-def _say(line: str) -> None:
-    """A line for people, on standard error; lost if nobody reads that."""
+def _show(text: str) -> None:
+    """What was asked for, on standard output.  Raises BrokenPipeError, LaunchError."""
     try:
-        os.write(2, f"lguestlib: {line}\n".encode(errors="backslashreplace"))
+        print(text, flush=True)
+    except BrokenPipeError:
+        _abandon_output()
+        raise
+    except OSError as error:
+        _abandon_output()
+        raise LaunchError(f"standard output: {error.strerror}") from None
+
+
+def _abandon_output() -> None:
+    """Nobody takes our output: what is left of it must not be waited for at the interpreter's end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+def _say(line: str) -> None:
+    """A line for people, on standard error: cut or lost rather than waited for, and nothing but text."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    _tell(f"lguestlib: {shown}".encode()[: _LINE_MAX - 1] + b"\n")
+
+
+def _progress(line: str) -> None:
+    """A line on a terminal, in place of the one before; an empty one leaves none."""
+    if os.isatty(2):
+        _tell(f"\r{line}\033[K".encode())
+
+
+def _tell(text: bytes) -> None:
+    try:
+        if select.select((), (2,), (), _TELL_SECONDS)[1]:
+            os.write(2, text)
     except OSError:
         return
 
@@ -180,10 +250,12 @@ def _machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(words: list[str]) -> int:
+    from lguestlib.runtime.machine import Crash, PowerOff
+    from lguestlib.runtime.session import Session
+
     parser = _Parser(
-        prog="python -m lguestlib run", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Boot a guest with its console on this terminal.", epilog=_RUN_EXAMPLES,
-        usage="%(prog)s [OPTIONS] [MEM KERNEL [ARGS...]]",
+        "run", "Boot a guest with its console on this terminal.", _RUN_EXAMPLES,
+        "%(prog)s [OPTIONS] [MEM KERNEL [ARGS...]]",
     )  # fmt: skip
     _machine_options(parser)
     parser.add_argument(
@@ -202,10 +274,20 @@ def _run(words: list[str]) -> int:
         "--rng", dest="devices", action=_AppendDevice, nargs=0, help="an entropy device"
     )
     parser.add_argument("--initrd", metavar="FILE", help="an initial ramdisk for KERNEL")
-    parser.add_argument("--append", action="append", default=[], metavar="WORDS", help="more words of the guest's command line")
-    parser.add_argument("--exec", dest="commands", metavar="'CMD; CMD'", help="feed the guest these commands, then switch it off")
-    parser.add_argument("--verbose", action="store_true", help="tell of the counters of each queue at the end")
-    parser.add_argument("positional", nargs="*", metavar="MEM KERNEL ARGS", help="memory in MiB, a kernel, its command line")
+    parser.add_argument(
+        "--append", action="append", default=[], metavar="WORDS",
+        help="more words of the guest's command line",
+    )  # fmt: skip
+    parser.add_argument(
+        "--exec", dest="commands", type=_commands, metavar="'CMD; CMD'",
+        help="type these at the guest's prompts, then switch it off; KERNEL gets them at once, and no more",
+    )  # fmt: skip
+    parser.add_argument(
+        "--verbose", action="store_true", help="tell at the end what each queue has done"
+    )
+    parser.add_argument(
+        "positional", nargs="*", metavar="MEM KERNEL ARGS", help="memory in MiB, a kernel, its command line"
+    )
     given = parser.parse_intermixed_args(words)
     memory, kernel, kernel_words = _positional(given.positional, given.memory)
     options = MachineOptions(
@@ -216,100 +298,36 @@ def _run(words: list[str]) -> int:
         initrd=given.initrd,
         arguments=(*kernel_words, *(word for words in given.append for word in words.split())),
     )
-    if options.initrd and not kernel:
-        raise _UsageError(f"--initrd {options.initrd}: the built-in guest has no use for it (name a KERNEL too)")
-    with _trace_file(given.trace) as tracer:
-        return _Run(options, given.commands, given.verbose, tracer).run()
+    if options.initrd is not None and kernel is None:
+        raise _UsageError(
+            f"--initrd {options.initrd}: the built-in guest has no use for it (name MEM and KERNEL too)"
+        )
+    with _tracing(given.trace) as tracer:
+        ended = Session(options, given.commands, _say, tracer).run()
+    if given.verbose:
+        for queue, done in ended.counters:
+            _say(
+                f"{queue}: {done.chains} chains, {done.bytes} bytes, {done.kicks} kicks in {done.wakeups}"
+                f" wake-ups, {done.interrupts} interrupts, {done.suppressed} suppressed, {done.errors} errors"
+            )
+    if ended.signal:
+        return SIGNALLED + ended.signal
+    if ended.hangup:
+        _say(f"the console's output: {ended.hangup}")
+        return FAILURE
+    if isinstance(ended.outcome, Crash):
+        _say(f"the guest crashed: {ended.outcome.reason}")
+    return ended.outcome.verdict if isinstance(ended.outcome, PowerOff) else FAILURE
 
 
-class _Run:
-    """One `run`: the terminal, the signals, and what is said at the end."""
-
-    def __init__(
-        self, options: MachineOptions, commands: str | None, verbose: bool, tracer: Tracer | None
-    ) -> None:
-        self._options = options
-        self._commands = commands
-        self._verbose = verbose
-        self._tracer = tracer
-        self._status: int | None = None
-        self._launcher: Launcher | None = None
-        self._machine: Machine | None = None
-
-    def run(self) -> int:
-        input_fd = 0 if self._commands is None else _script(self._commands, not self._options.kernel)
-        terminal = Terminal(input_fd, 1, self._escaped, self._hung_up, self._tracer)
-        try:
-            with Launcher(self._options, terminal, _say, self._tracer) as launcher:
-                self._launcher = launcher
-                with self._signals():
-                    terminal.enter_raw()
-                    try:
-                        outcome = launcher.run(self._booted)
-                    finally:
-                        terminal.restore()
-        finally:
-            if input_fd:
-                os.close(input_fd)
-        if self._status is not None:
-            return self._status
-        if isinstance(outcome, Crash):
-            _say(f"the guest crashed: {outcome.reason}")
-            return FAILURE
-        return outcome.verdict if isinstance(outcome, PowerOff) else FAILURE
-
-    def _booted(self, machine: Machine) -> None:
-        self._machine = machine
-
-    def _end(self, status: int) -> None:
-        if self._status is None:
-            self._status = status
-        if self._launcher:
-            self._launcher.request_stop()
-
-    def _escaped(self) -> None:
-        self._end(ESCAPED)
-
-    def _hung_up(self, error: OSError) -> None:
-        _say(f"the console's output is gone: {error.strerror}")
-        self._end(FAILURE)
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """End the machine on the usual signals, and follow the terminal's size."""
-
-        def end(number: int, frame: FrameType | None) -> None:
-            self._end(128 + number)
-
-        def resize(number: int, frame: FrameType | None) -> None:
-            if self._launcher:
-                self._launcher.resized()
-
-        handlers = {signal.SIGINT: end, signal.SIGTERM: end, signal.SIGHUP: end, signal.SIGWINCH: resize}
-        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-def _script(commands: str, switch_off: bool) -> int:
-    """A file of command lines from ``cmd; cmd``, open for reading; the guest is switched off after them."""
-    lines = [line.strip() for line in commands.replace("\n", ";").split(";")]
-    lines = [line for line in lines if line]
-    if switch_off and (not lines or lines[-1] not in ("off", "reboot")):
-        lines.append("off")
-    text = "".join(f"{line}\n" for line in lines).encode()
-    fd = memfd("commands", 0)
-    os.write(fd, text)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd
+def _commands(text: str) -> list[bytes]:
+    """The commands of ``cmd; cmd``."""
+    return [os.fsencode(word.strip()) for word in text.replace("\n", ";").split(";") if word.strip()]
 
 
 @contextmanager
-def _trace_file(path: str | None) -> Iterator[Tracer | None]:
-    """A tracer whose calls are written to *path* at the end, or None."""
+def _tracing(path: str | None) -> Iterator[Tracer | None]:
+    """A tracer whose calls are written to *path* at the end, or None.  Raises LaunchError."""
     if path is None:
         yield None
         return
@@ -318,11 +336,16 @@ def _trace_file(path: str | None) -> Iterator[Tracer | None]:
     except OSError as error:
         raise LaunchError(f"--trace {path}: {error.strerror} (name a file that can be written)") from None
     tracer = Tracer()
-    with file:
-        try:
-            yield tracer
-        finally:
+    try:
+        yield tracer
+    except BaseException:
+        file.close()
+        raise
+    try:
+        with file:
             file.write(chrome_trace(tracer.calls))
+    except OSError as error:
+        raise LaunchError(f"--trace {path}: {error.strerror}") from None
 
 
 def _devices(named: Sequence[DeviceOption], built_in: bool) -> tuple[DeviceOption, ...]:
@@ -346,7 +369,9 @@ def _positional(words: list[str], memory: int | None) -> tuple[int, str | None, 
     if not words:
         return memory or MEMORY, None, []
     if len(words) == 1:
-        raise _UsageError(f"{words[0]}: MEM comes with a KERNEL (run 64 vmlinux; or --memory for the built-in guest)")
+        raise _UsageError(
+            f"{words[0]}: MEM comes with a KERNEL (run 64 vmlinux; or --memory for the built-in guest)"
+        )
     if memory is not None:
         raise _UsageError(f"--memory and MEM {words[0]}: give one of the two")
     try:
@@ -355,39 +380,53 @@ def _positional(words: list[str], memory: int | None) -> tuple[int, str | None, 
         raise _UsageError(f"MEM: {error}") from None
 
 
+def _number(text: str, low: int, high: int) -> int | None:
+    """The decimal number *text*, if it is one from *low* to *high*."""
+    if not text.isascii() or not text.isdigit() or len(text) > len(str(high)):
+        return None
+    return int(text) if low <= int(text) <= high else None
+
+
 def _memory(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not int(text):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of MiB, such as 64")
-    return int(text) * MEBIBYTE
+    mebibytes = _number(text, 1, 1 << 40)
+    if mebibytes is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number of MiB, such as 64")
+    return mebibytes * MEBIBYTE
 
 
 def _disk(text: str) -> DeviceOption:
-    path, comma, mode = text.rpartition(",")
-    if comma and mode == "readonly":
-        return DiskImage(path, read_only=True)
-    return DiskImage(text)
+    path = text.removesuffix(",readonly")
+    if not path:
+        raise argparse.ArgumentTypeError(f"'{text}' names no file")
+    return DiskImage(path, read_only=path != text)
 
 
 def _network(text: str) -> DeviceOption:
-    if text.startswith("bridge:"):
-        name, _, mac = text.removeprefix("bridge:").partition(":")
-        if not name or len(name.encode()) > 15:
+    kind, _, rest = text.partition(":")
+    if kind == "bridge":
+        name, _, mac = rest.partition(":")
+        if not name or len(os.fsencode(name)) > 15:
             raise argparse.ArgumentTypeError(f"'{text}' names no bridge: bridge:br0, or bridge:br0:MAC")
         return BridgedNetwork(name, _mac(mac, text))
-    address, _, mac = text.partition(":")
-    return HostNetwork(_address(address), _mac(mac, text))
+    return HostNetwork(_address(kind), _mac(rest, text))
 
 
 def _address(text: str) -> InterfaceAddress:
     number, slash, length = text.partition("/")
-    fields = number.split(".")
-    good = len(fields) == 4 and all(field.isascii() and field.isdigit() and int(field) < 256 for field in fields)
-    if not good:
+    fields = [_number(field, 0, 255) for field in number.split(".")]
+    octets = bytes(field for field in fields if field is not None)
+    if len(fields) != 4 or len(octets) != 4:
         raise argparse.ArgumentTypeError(f"'{number}' is not an IPv4 address, such as 192.168.19.1")
-    prefix = int(length) if length.isascii() and length.isdigit() else 24
-    if slash and not (length.isascii() and length.isdigit() and 1 <= prefix <= 30):
-        raise argparse.ArgumentTypeError(f"'/{length}' is not a prefix length from 1 to 30, such as {number}/24")
-    return InterfaceAddress(bytes(int(field) for field in fields), prefix)
+    prefix = _number(length, 1, 30) if slash else 24
+    if prefix is None:
+        raise argparse.ArgumentTypeError(
+            f"'/{length}' is not a prefix length from 1 to 30, such as {number}/24"
+        )
+    hosts = (1 << 32 - prefix) - 1
+    host = int.from_bytes(octets, "big") & hosts
+    if octets[0] in (0, 127) or octets[0] >= 224 or host in (0, hosts):
+        raise argparse.ArgumentTypeError(f"'{number}/{prefix}' is no host's address, such as 192.168.19.1/24")
+    return InterfaceAddress(octets, prefix)
 
 
 def _mac(text: str, whole: str) -> bytes | None:
@@ -400,8 +439,10 @@ def _mac(text: str, whole: str) -> bytes | None:
         mac = b""
     if len(fields) != 6 or len(mac) != 6:
         raise argparse.ArgumentTypeError(f"'{text}' is not a station address, such as 02:00:00:00:00:05")
-    if mac[0] & 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is a multicast address: its first byte has to be even")
+    if mac[0] & 1 or not any(mac):
+        raise argparse.ArgumentTypeError(
+            f"'{text}' is no single station's address, such as 02:00:00:00:00:05 (the first byte is even)"
+        )
     return mac
 
 
@@ -410,25 +451,25 @@ def _ping(words: list[str]) -> int:
     from lguestlib.runtime.sequence import calls_by_kind, compare, draw, kind
 
     parser = _Parser(
-        prog="python -m lguestlib ping", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Let the guest ping the host, and draw the last ping as the seed's analysis.",
-        epilog=_PING_EXAMPLES,
-    )  # fmt: skip
+        "ping", "Let the guest ping the host, and draw the last ping as the seed's analysis.", _PING_EXAMPLES
+    )
     _machine_options(parser)
     parser.add_argument("--count", type=_count, default=5, metavar="N", help="how many pings (default 5)")
     parser.add_argument("--json", action="store_true", help="every call of every ping, and percentiles")
     given = parser.parse_args(words)
     say: Callable[[str], None] = (lambda line: None) if given.json else _say
-    with _trace_file(given.trace) as trace:
+    with _tracing(given.trace) as tracer:
         report = run_pings(
-            MachineOptions(hypervisor=given.hypervisor), given.count, say, trace or Tracer(), _progress(given.count)
-        )
+            MachineOptions(hypervisor=given.hypervisor), given.count, say, tracer or Tracer(),
+            lambda done: _progress(f"{done} of {given.count} pings"),
+        )  # fmt: skip
+    _progress("")
     trips = report.round_trips
     shares = {"min": 0.0, "p50": 0.5, "p90": 0.9, "p99": 0.99, "max": 1.0}
     percentiles = {name: percentile(trips, share) for name, share in shares.items()} if trips else {}
     lost = given.count - len(trips)
     if given.json:
-        print(json.dumps({
+        _show(json.dumps({
             "hypervisor": report.hypervisor, "sent": given.count, "received": len(trips),
             "round_trip_us": percentiles,
             "calls": dict(calls_by_kind(report.pings)),
@@ -442,54 +483,39 @@ def _ping(words: list[str]) -> int:
         }))  # fmt: skip
         return FAILURE if lost else 0
     last = report.pings[-1]
-    print(draw(last, report.asleep))
-    print(compare(last))
-    print(f"  {given.count} sent, {len(trips)} received")
+    others = [sorted(map(kind, ping.calls)) for ping in report.pings]
+    lines = [draw(last, report.asleep), compare(last), f"  {given.count} sent, {len(trips)} received"]
     if trips:
         figures = ", ".join(f"{name} {value:.1f}" for name, value in percentiles.items())
-        print(f"  round trip in us, as the guest timed it: {figures}")
-    others = [sorted(map(kind, ping.calls)) for ping in report.pings]
-    same = others.count(others[-1])
-    print(f"  {same} of {given.count} pings took exactly these calls")
+        lines.append(f"  round trip in us, as the guest timed it: {figures}")
+    lines.append(f"  {others.count(others[-1])} of {given.count} pings took exactly these calls")
+    _show("\n".join(lines))
     return FAILURE if lost else 0
 
 
 def _count(text: str) -> int:
-    if not text.isascii() or not text.isdigit() or not 0 < int(text) <= 1_000_000:
+    count = _number(text, 1, 1_000_000)
+    if count is None:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number from 1 to 1000000")
-    return int(text)
-
-
-def _progress(total: int) -> Callable[[int], None]:
-    """A line on a terminal that says how many pings are done."""
-
-    def show(done: int) -> None:
-        if os.isatty(2):
-            end = "\n" if done == total else ""
-            os.write(2, f"\r{done} of {total} pings{end}".encode())
-
-    return show
+    return count
 
 
 def _probe(words: list[str]) -> int:
     from lguestlib.runtime.probe import probe
 
-    parser = _Parser(
-        prog="python -m lguestlib probe", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="What this host offers, and what to do about the rest.",
-        epilog="examples:\n  probe\n  probe --json | python -m json.tool\n",
-    )  # fmt: skip
+    parser = _Parser("probe", "What this host offers, and what to do about the rest.", _PROBE_EXAMPLES)
     parser.add_argument("--json", action="store_true", help="for programs")
     given = parser.parse_args(words)
     findings = probe()
     if given.json:
-        print(json.dumps({finding.name: finding._asdict() for finding in findings}))
+        _show(json.dumps({finding.name: finding._asdict() for finding in findings}))
         return 0
+    width = max(len(finding.name) for finding in findings) + 2
     for finding in findings:
         mark = {True: "yes", False: "no", None: ""}[finding.usable]
-        print(f"{finding.name:<18}{mark:<5}{finding.detail}")
+        _show(f"{finding.name:<{width}}{mark:<5}{finding.detail}")
         if finding.remedy:
-            print(f"{'':<23}-> {finding.remedy}")
+            _show(f"{'':<{width + 5}}-> {finding.remedy}")
     return 0
 
 
@@ -497,10 +523,10 @@ def _bench(words: list[str]) -> int:
     from lguestlib.runtime.bench import BENCHES, Figure, run_bench
 
     parser = _Parser(
-        prog="python -m lguestlib bench", formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="How fast this is here.  Each figure is also a ratio to a primitive measured in turns with it.",
-        epilog="examples:\n  bench\n  bench ring wake\n  bench block --json\n",
-    )  # fmt: skip
+        "bench",
+        "How fast this is here.  Each figure is also a ratio to a primitive measured in turns with it.",
+        _BENCH_EXAMPLES,
+    )
     parser.add_argument(
         "what", nargs="*", metavar="|".join(BENCHES), help="which benchmarks (default: all)"
     )
@@ -511,10 +537,13 @@ def _bench(words: list[str]) -> int:
             raise _UsageError(f"{name}: no such benchmark (one of {', '.join(BENCHES)})")
     figures: list[Figure] = []
     for name in given.what or BENCHES:
+        _progress(f"{name} ...")
         for figure in run_bench(name):
             figures.append(figure)
+            _progress("" if not given.json else f"{figure.name} ...")
             if not given.json:
-                print(figure, flush=True)
+                _show(str(figure))
+    _progress("")
     if given.json:
-        print(json.dumps([figure._asdict() for figure in figures]))
+        _show(json.dumps([figure._asdict() for figure in figures]))
     return 0

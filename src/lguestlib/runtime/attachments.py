@@ -5,8 +5,10 @@ Each attachment makes a fresh device for each boot.
 
 import errno
 import os
+import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import ExitStack
 from ipaddress import IPv4Address, IPv4Network
 
 from lguestlib.runtime.backend.file import FileDisk
@@ -15,6 +17,7 @@ from lguestlib.runtime.backend.random import KernelRandom
 from lguestlib.runtime.backend.responder import Responder
 from lguestlib.runtime.backend.tap import DEVICE, Tap
 from lguestlib.runtime.backend.terminal import Terminal
+from lguestlib.runtime.errors import LaunchError as LaunchError
 from lguestlib.runtime.interface import InterfaceAddress, Interfaces
 from lguestlib.runtime.namespace import enter_network_namespace, without_ipv6
 from lguestlib.runtime.options import (
@@ -35,10 +38,6 @@ from lguestlib.virtio.devices.net import Net
 
 Say = Callable[[str], None]
 """Takes a line for people."""
-
-
-class LaunchError(Exception):
-    """A machine cannot be made as asked; the message is one line with the thing, the value and the remedy."""
 
 
 class Attachment(ABC):
@@ -117,13 +116,17 @@ def attach(option: DeviceOption, say: Say, tracer: Tracer | None) -> Attachment:
         case Randomness():
             return EntropyAttachment()
         case HostNetwork(address, mac):
-            tap = _open_tap(tracer)
-            _configure(tap, lambda interfaces: interfaces.set_address(tap.name, address))
+            asked = f"--tunnet {IPv4Address(address.address)}"
+            if _is_local(address):
+                raise LaunchError(f"{asked}: this host has that address already (give another)")
+            tap = _open_tap(asked, tracer)
+            _configure(tap, asked, lambda interfaces: interfaces.set_address(tap.name, address))
             say(f"network: {tap.name} has {_shown(address)}, the guest {guest_address(address)}")
             return NetworkAttachment(tap, address, mac)
         case BridgedNetwork(bridge, mac):
-            tap = _open_tap(tracer)
-            _configure(tap, lambda interfaces: interfaces.add_to_bridge(tap.name, bridge))
+            asked = f"--tunnet bridge:{bridge}"
+            tap = _open_tap(asked, tracer)
+            _configure(tap, asked, lambda interfaces: interfaces.add_to_bridge(tap.name, bridge))
             say(f"network: {tap.name} is a port of {bridge}")
             return NetworkAttachment(tap, None, mac)
         case PrivateNetwork(address):
@@ -136,53 +139,58 @@ def _open_disk(path: str, read_only: bool, tracer: Tracer | None) -> FileDisk:
     except ValueError as error:
         raise LaunchError(f"--block {error}") from None
     except OSError as error:
+        asked = f"{path},readonly" if read_only else path
+        missing = f"truncate -s 64M {path} makes an empty one"
+        if "," in path:
+            missing = "after a file's name only ,readonly has a meaning"
         remedies = {
-            errno.ENOENT: f"truncate -s 64M {path} makes an empty one",
-            errno.EACCES: f"chmod it, or ask for {path},readonly",
+            errno.ENOENT: missing,
+            errno.EACCES: "chmod it" if read_only else f"chmod it, or ask for {path},readonly",
             errno.EROFS: f"ask for {path},readonly",
             errno.EISDIR: "name a raw disk image or a block device",
+            errno.EMFILE: "ulimit -n raises the limit",
         }
-        remedy = remedies.get(error.errno or 0)
-        raise LaunchError(f"--block {path}: {error.strerror}" + (f" ({remedy})" if remedy else "")) from None
+        raise LaunchError(f"--block {asked}: {_with_remedy(error, remedies)}") from None
 
 
-def _open_tap(tracer: Tracer | None) -> Tap:
+def _open_tap(asked: str, tracer: Tracer | None) -> Tap:
     try:
         return Tap(tracer=tracer)
     except OSError as error:
-        raise LaunchError(
-            f"--tunnet: no TAP interface: {_reason(error)} (run as root, or leave --tunnet away"
-            " for a network of the launcher's own)"
-        ) from None
+        as_root = "run as root, or leave --tunnet away for a network of the launcher's own"
+        remedies = {errno.EACCES: as_root, errno.EPERM: as_root, errno.ENOENT: "modprobe tun"}
+        raise LaunchError(f"{asked}: no TAP interface: {_with_remedy(error, remedies)}") from None
 
 
-def _configure(tap: Tap, request: Callable[[Interfaces], None]) -> None:
+def _configure(tap: Tap, asked: str, request: Callable[[Interfaces], None]) -> None:
     try:
         with Interfaces() as interfaces:
             request(interfaces)
             interfaces.set_up(tap.name)
     except OSError as error:
         tap.close()
-        remedy = "ip link show type bridge lists the bridges" if error.errno == errno.ENODEV else "run as root"
-        raise LaunchError(f"--tunnet: {_reason(error)} ({remedy})") from None
+        bridges = "ip link show type bridge lists them"
+        known = {errno.ENODEV: f"no such bridge ({bridges})", errno.EOPNOTSUPP: f"not a bridge ({bridges})"}
+        reason = known.get(error.errno or 0) or _with_remedy(error, {errno.EPERM: "run as root"})
+        raise LaunchError(f"{asked}: {reason}") from None
 
 
 def _private_network(address: InterfaceAddress, say: Say, tracer: Tracer | None) -> PacketNetwork:
-    try:
-        enter_network_namespace()
-        tap = Tap("tap0", tracer)
-    except OSError as error:
-        say(f"network: a host inside this process, because there is no TAP device to be had: {_reason(error)}")
-        return Responder(str(IPv4Address(address.address)), tracer)
-    without_ipv6(tap.name)
-    try:
-        with Interfaces() as interfaces:
-            interfaces.set_address(tap.name, address)
-            interfaces.set_up(tap.name)
-    except OSError as error:
-        tap.close()
-        raise LaunchError(f"network: {_reason(error)}") from None
-    enter = f"nsenter {'' if os.geteuid() == 0 else '-U --preserve-credentials '}-n -t {os.getpid()}"
+    """The TAP interface, or where anything is in its way the host in this process."""
+    with ExitStack() as opened:
+        try:
+            in_user_namespace = enter_network_namespace()
+            tap = Tap("tap0", tracer)
+            opened.callback(tap.close)
+            without_ipv6(tap.name)
+            with Interfaces() as interfaces:
+                interfaces.set_address(tap.name, address)
+                interfaces.set_up(tap.name)
+        except OSError as error:
+            say(f"network: a host inside this process, because no TAP device can be had: {_reason(error)}")
+            return Responder(str(IPv4Address(address.address)), tracer)
+        opened.pop_all()
+    enter = f"nsenter {'-U --preserve-credentials ' if in_user_namespace else ''}-n -t {os.getpid()}"
     say(
         f"network: {tap.name} has {_shown(address)} in a namespace of its own"
         f" ({enter} ping {guest_address(address)} reaches the guest)"
@@ -190,11 +198,24 @@ def _private_network(address: InterfaceAddress, say: Say, tracer: Tracer | None)
     return tap
 
 
+def _with_remedy(error: OSError, remedies: dict[int, str]) -> str:
+    remedy = remedies.get(error.errno or 0)
+    return _reason(error) + (f" ({remedy})" if remedy else "")
+
+
 def _reason(error: OSError) -> str:
-    """What failed and why, in one line."""
-    about = f" ({error.filename})" if error.filename not in (None, DEVICE) else ""
-    opening = f"{DEVICE}: " if error.filename == DEVICE else ""
-    return f"{opening}{error.strerror}{about}"
+    """What failed and why, in one line; the file only where it is not what was asked for."""
+    return f"{DEVICE}: {error.strerror}" if error.filename == DEVICE else str(error.strerror)
+
+
+def _is_local(address: InterfaceAddress) -> bool:
+    """Whether the host has this address: to such a one it sends from that one."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        try:
+            sender.connect((str(IPv4Address(address.address)), 9))
+        except OSError:
+            return False
+        return socket.inet_aton(sender.getsockname()[0]) == address.address
 
 
 def _network_of(address: InterfaceAddress) -> IPv4Network:

@@ -4,6 +4,7 @@ What netlink does better is not needed here.  Interfaces are those of the
 calling thread's network namespace.
 """
 
+import os
 import socket
 from types import TracebackType
 from typing import NamedTuple, Self
@@ -30,7 +31,7 @@ class Interfaces:
 
     @staticmethod
     def _named(name: str) -> netdevice.ifreq:
-        return netdevice.ifreq(ifr_name=name.encode())
+        return netdevice.ifreq(ifr_name=os.fsencode(name))
 
     def index(self, name: str) -> int:
         """The interface's index."""

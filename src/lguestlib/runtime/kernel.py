@@ -1,9 +1,11 @@
 """Puts a kernel, or the built-in guest, into a KVM machine, ready to run."""
 
-from contextlib import ExitStack
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 from lguestlib.memory.image.file import open_image
-from lguestlib.memory.image.image import Image, ImageError
+from lguestlib.memory.image.image import ImageError
 from lguestlib.memory.image.linux_boot import LinuxBoot, ram_map
 from lguestlib.memory.image.parse import parse
 from lguestlib.runtime import guest
@@ -13,22 +15,28 @@ from lguestlib.runtime.kvm import KvmMachine
 def load_kernel(machine: KvmMachine, kernel: str | None, initrd: str | None, command_line: str) -> None:
     """Place the kernel at path *kernel*, or the built-in guest, and what it is told, and point the CPU at it.
 
-    *initrd* is a path or None.  Raises ImageError, which names the file.
+    *initrd* is a path or None.  Raises ImageError, which names what it is about.
     """
     with ExitStack() as opened:
-        ramdisk = opened.enter_context(open_image(initrd)) if initrd else None
-        data = opened.enter_context(open_image(kernel or guest.image_path()))
-        image = _parse(data, kernel)
-        image.place(machine.memory)
-        boot = LinuxBoot(image, ram_map(machine.memory), command_line.encode(), ramdisk)
+        ramdisk = None
+        if initrd is not None:
+            with _about("initrd "):
+                ramdisk = opened.enter_context(open_image(initrd))
+        with _about("kernel "):
+            data = opened.enter_context(open_image(guest.image_path() if kernel is None else kernel))
+        with _about(f"kernel {kernel}: "):
+            image = parse(data)
+            if image.bits != 32:
+                raise ImageError(f"{image.format}: the entry is 64-bit; boot the bzImage made from it")
+            image.place(machine.memory)
+        boot = LinuxBoot(image, ram_map(machine.memory), os.fsencode(command_line), ramdisk)
         machine.boot(image.entry, boot.place(machine.memory).address)
 
 
-def _parse(data: memoryview, kernel: str | None) -> Image:
+@contextmanager
+def _about(prefix: str) -> Iterator[None]:
+    """Puts *prefix* before what an ImageError says."""
     try:
-        image = parse(data)
+        yield
     except ImageError as error:
-        raise ImageError(f"{kernel}: {error}") from None
-    if image.bits != 32:
-        raise ImageError(f"{kernel}: {image.format}: its entry is 64-bit; boot the bzImage made from it instead")
-    return image
+        raise ImageError(f"{prefix}{error}") from None

@@ -2,6 +2,7 @@
 
 import os
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
@@ -9,13 +10,14 @@ from typing import Self
 
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.memory.image.image import ImageError
-from lguestlib.runtime.attachments import Attachment, ConsoleAttachment, LaunchError, Say, attach
+from lguestlib.runtime.attachments import Attachment, ConsoleAttachment, Say, attach
 from lguestlib.runtime.backend.terminal import Terminal
+from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.inprocess.machine import InprocessMachine
 from lguestlib.runtime.inprocess.shell import shell
 from lguestlib.runtime.kvm import KvmMachine, KvmUnusable, open_kvm
 from lguestlib.runtime.kernel import load_kernel
-from lguestlib.runtime.machine import DEVICES_AT, Machine, Outcome, Reboot, Stopped
+from lguestlib.runtime.machine import DEVICES_AT, DEVICES_MAX, Machine, Outcome, Reboot, Stopped
 from lguestlib.runtime.options import MEBIBYTE, HypervisorName, MachineOptions
 from lguestlib.runtime.trace import Tracer
 from lguestlib.virtio.devices.console import Console
@@ -30,65 +32,83 @@ class Launcher:
     """A machine as *options* ask, with its console on *terminal*; `close` gives everything back.
 
     To be made while the process has one thread: it may move the process into a
-    network namespace.  *say* is given lines for people.  Raises LaunchError.
+    network namespace.  *say* is given lines for people, once it boots.  Raises
+    LaunchError.
     """
 
     def __init__(
         self, options: MachineOptions, terminal: Terminal, say: Say, tracer: Tracer | None = None
     ) -> None:
         self.options = options
-        self.hypervisor = choose_hypervisor(options, say)
+        self._notes: list[str] = []
+        self.hypervisor = choose_hypervisor(options, self._notes.append)
         self._say = say
         self._tracer = tracer
         self._machine: Machine | None = None
         self._console: Console | None = None
         self._stopping = False
+        # Held by whoever looks at the machine while another thread may be about to close it.
+        self._lock = threading.Lock()
         _check_memory(options.memory)
+        _check_bus(len(options.devices) + 1)
         self._attachments: list[Attachment] = []
         with ExitStack() as opened:
             for option in options.devices:
-                attachment = attach(option, say, tracer)
+                attachment = attach(option, self._notes.append, tracer)
                 opened.callback(attachment.close)
                 self._attachments.append(attachment)
             self._attachments.append(ConsoleAttachment(terminal))
             self._opened = opened.pop_all()
 
-    def run(self, booted: Callable[[Machine], None] | None = None) -> Outcome:
+    def run(self, booted: Callable[[Machine], None] = lambda machine: None) -> Outcome:
         """Boot, and boot again as often as the guest wants; return how it ended.
 
-        *booted* is told of each machine before its guest starts.
+        *booted* is told of each machine before its guest starts.  Raises LaunchError.
         """
         interval = sys.getswitchinterval()
         sys.setswitchinterval(SWITCH_INTERVAL)
         try:
             while True:
                 with self._build() as machine:
-                    self._machine = machine
-                    if booted:
-                        booted(machine)
-                    if self._stopping:
-                        return Stopped()
-                    machine.start()
-                    outcome = machine.wait()
-                    if outcome != Stopped():
-                        machine.finish()
-                    self._machine = self._console = None
+                    outcome = self._boot(machine, booted)
                 if self._stopping or outcome != Reboot():
                     return Stopped() if self._stopping else outcome
                 self._say("the guest starts over")
         finally:
             sys.setswitchinterval(interval)
 
+    def _boot(self, machine: Machine, booted: Callable[[Machine], None]) -> Outcome:
+        for note in self._notes:
+            self._say(note)
+        self._notes.clear()
+        with self._lock:
+            self._machine = machine
+        try:
+            booted(machine)
+            if self._stopping:
+                return Stopped()
+            machine.start()
+            outcome = machine.wait()
+            if outcome != Stopped():
+                machine.finish()
+            return outcome
+        finally:
+            # Its descriptors are about to be closed.
+            with self._lock:
+                self._machine = self._console = None
+
     def request_stop(self) -> None:
-        """Make `run` end soon with `Stopped`; a signal handler may call this."""
-        self._stopping = True
-        if self._machine:
-            self._machine.request_stop()
+        """Make `run` end soon with `Stopped`; any thread may call this."""
+        with self._lock:
+            self._stopping = True
+            if self._machine:
+                self._machine.request_stop()
 
     def resized(self) -> None:
-        """The terminal's size has changed; a signal handler may call this."""
-        if self._console:
-            self._console.resized()
+        """The terminal's size has changed; any thread may call this."""
+        with self._lock:
+            if self._machine and self._console:
+                self._console.resized()
 
     def close(self) -> None:
         """Close disks and networks."""
@@ -104,7 +124,10 @@ class Launcher:
 
     def _build(self) -> Machine:
         """A machine with fresh memory and devices, ready to start."""
-        memory = GuestMemory.anonymous(self.options.memory)
+        try:
+            memory = GuestMemory.anonymous(self.options.memory)
+        except OSError as error:
+            raise LaunchError(f"--memory {self.options.memory // MEBIBYTE}: {error.strerror}") from None
         try:
             machine = self._on(memory)
         except BaseException:
@@ -129,8 +152,6 @@ class Launcher:
         try:
             return KvmMachine(memory, self._say, self._tracer)
         except KvmUnusable as error:
-            raise LaunchError(str(error)) from None
-        except OSError as error:
             raise LaunchError(f"kvm: {error}") from None
 
     def _add_devices(self, machine: Machine) -> None:
@@ -138,10 +159,7 @@ class Launcher:
         for attachment in self._attachments:
             number = counts[type(attachment)] = counts.get(type(attachment), -1) + 1
             device = attachment.device(number)
-            try:
-                machine.add(device)
-            except ValueError as error:
-                raise LaunchError(str(error)) from None
+            machine.add(device)
             if isinstance(device, Console):
                 self._console = device
 
@@ -160,7 +178,9 @@ def choose_hypervisor(options: MachineOptions, say: Say) -> HypervisorName:
     """
     if options.hypervisor == "inprocess":
         if options.kernel:
-            raise LaunchError(f"--hypervisor inprocess: it cannot run {options.kernel} (leave the kernel away, or use kvm)")
+            raise LaunchError(
+                f"--hypervisor inprocess: it cannot run {options.kernel} (leave the kernel away, or use kvm)"
+            )
         return "inprocess"
     try:
         os.close(open_kvm())
@@ -175,11 +195,19 @@ def choose_hypervisor(options: MachineOptions, say: Say) -> HypervisorName:
 
 
 def _check_memory(size: int) -> None:
-    mebibytes = size // MEBIBYTE
+    given = f"--memory {size // MEBIBYTE}"
     if size < MEMORY_MIN:
-        raise LaunchError(f"--memory {mebibytes}: at least {MEMORY_MIN // MEBIBYTE} MiB are needed")
+        raise LaunchError(f"{given}: at least {MEMORY_MIN // MEBIBYTE} MiB are needed")
     if size > DEVICES_AT:
-        raise LaunchError(f"--memory {mebibytes}: at most {DEVICES_AT // MEBIBYTE} MiB fit below the devices")
+        raise LaunchError(f"{given}: at most {DEVICES_AT // MEBIBYTE} MiB fit below the devices")
     held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > held:
-        raise LaunchError(f"--memory {mebibytes}: this host has {held // MEBIBYTE} MiB")
+        raise LaunchError(f"{given}: this host has {held // MEBIBYTE} MiB (give the guest less)")
+
+
+def _check_bus(devices: int) -> None:
+    if devices > DEVICES_MAX:
+        raise LaunchError(
+            f"{devices} devices: the bus has room for {DEVICES_MAX}, the console included"
+            " (name fewer --block, --tunnet and --rng)"
+        )

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 from lguestlib.abi import kvm
 from lguestlib.runtime.backend.tap import DEVICE as TUN_DEVICE
+from lguestlib.runtime.backend.tap import Tap
 from lguestlib.runtime.kvm import DEVICE as KVM_DEVICE
 from lguestlib.runtime.kvm import KvmUnusable, capability, open_kvm
+from lguestlib.runtime.launcher import SWITCH_INTERVAL
 from lguestlib.runtime.namespace import enter_network_namespace
 
 LGUEST_DEVICE = "/dev/lguest"
@@ -37,14 +39,14 @@ def probe() -> list[Finding]:
     To be called while the process has one thread: it forks to try a namespace.
     """
     return [
-        Finding("python", None, f"{platform.python_implementation()} {platform.python_version()}, {_word_size()}"),
+        Finding("python", None, f"{sys.implementation.name} {platform.python_version()}, {_word_size()}"),
         _gil(),
-        Finding("switch interval", None, f"{sys.getswitchinterval() * 1e6:g} us; the launcher sets 10 us while it runs"),
+        Finding("switch interval", None, _switch_interval()),
         Finding("host", None, f"{platform.machine()}, Linux {platform.release()}, {os.cpu_count()} processors"),
         _kvm(),
         _lguest(),
         _tun(),
-        _namespace(),
+        _private_network(),
         _program("user-mode-linux", ("linux", "linux.uml"), "user-mode-linux"),
         _program("qemu", (f"qemu-system-{_qemu_machine()}",), f"qemu-system-{_qemu_package()}"),
         _program("qemu-storage-daemon", ("qemu-storage-daemon",), "qemu-system-common"),
@@ -53,6 +55,10 @@ def probe() -> list[Finding]:
 
 def _word_size() -> str:
     return "64-bit" if sys.maxsize > 1 << 32 else "32-bit"
+
+
+def _switch_interval() -> str:
+    return f"{sys.getswitchinterval() * 1e6:g} us; a launcher sets {SWITCH_INTERVAL * 1e6:g} us while it runs"
 
 
 def _gil() -> Finding:
@@ -90,28 +96,35 @@ def _tun() -> Finding:
     except FileNotFoundError:
         return Finding("tun", False, f"{TUN_DEVICE}: no such file", "modprobe tun")
     except OSError as error:
-        return Finding("tun", False, f"{TUN_DEVICE}: {error.strerror}", "run as root, or: chmod 666 /dev/net/tun")
+        remedy = f"run as root, or: chmod 666 {TUN_DEVICE}"
+        return Finding("tun", False, f"{TUN_DEVICE}: {error.strerror}", remedy)
     return Finding("tun", True, TUN_DEVICE)
 
 
-def _namespace() -> Finding:
-    """Try a network namespace in a child, which keeps it to itself."""
-    kind = "network namespace" if os.geteuid() == 0 else "user and network namespaces"
+def _private_network() -> Finding:
+    """Try for a TAP device in a namespace, in a child, which takes both with it."""
+    reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        status = 255
         try:
-            enter_network_namespace()
-            status = 0
+            in_user_namespace = enter_network_namespace()
+            Tap().close()
+            os.write(writer, b"in a user namespace" if in_user_namespace else b"in a network namespace")
+            os._exit(0)
         except OSError as error:
-            status = error.errno or status
+            os.write(writer, f"{error.strerror}".encode())
         finally:
-            os._exit(status)
-    number = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if number == 0:
-        return Finding("private network", True, f"{kind} allowed")
-    remedy = "sysctl user.max_net_namespaces, user.max_user_namespaces, kernel.unprivileged_userns_clone"
-    return Finding("private network", False, f"{kind}: {os.strerror(number)}", remedy)
+            os._exit(1)
+    os.close(writer)
+    with open(reader) as told:
+        detail = told.read()
+    if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+        return Finding("private network", True, f"a TAP device {detail}")
+    remedy = (
+        f"chmod 666 {TUN_DEVICE}; sysctl user.max_net_namespaces, user.max_user_namespaces,"
+        " kernel.unprivileged_userns_clone; without, a host inside the process answers the guest's pings"
+    )
+    return Finding("private network", False, detail, remedy)
 
 
 def _program(name: str, commands: tuple[str, ...], package: str) -> Finding:

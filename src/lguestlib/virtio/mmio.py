@@ -72,22 +72,28 @@ class MmioTransport:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.offered = int(device.features | RING_FEATURES)
-        self.status = Status(0)
         self.refused = 0
         """Accesses the specification does not allow, all of them ignored."""
         self._maxima = [queue.size for queue in device.queues()]
-        self._used_pending = False
-        self._config_pending = False
         self._generation = 0
+        self._config = device.config()
         self._clear()
         self._readers = self._make_readers()
         self._writers = self._make_writers()
 
     def _clear(self) -> None:
+        self._status = Status(0)
+        # Flags, not bits of one word: queue threads set them while the driver writes the word.
+        self._failed = self._used_pending = self._config_pending = False
+        self._resetting = False
         self.accepted = 0
         self._queues = [_QueueRegisters(size) for size in self._maxima]
         self._device_page = self._driver_page = self._selected = 0
-        self._used_pending = self._config_pending = False
+
+    @property
+    def status(self) -> Status:
+        """The device status field."""
+        return self._status | Status.NEEDS_RESET if self._failed else self._status
 
     @property
     def features(self) -> int:
@@ -101,7 +107,6 @@ class MmioTransport:
 
     def reset_done(self) -> None:
         """Every queue has stopped: the status reads 0 from now on (virtio 1.3, 2.4.1)."""
-        self.status = Status(0)
         self._clear()
 
     def queue_stopped(self, index: int) -> None:
@@ -114,20 +119,33 @@ class MmioTransport:
 
     def config_changed(self) -> None:
         """The config space has changed and the driver is about to be interrupted."""
+        self._config = self.device.config()
         self._generation = self._generation + 1 & 0xFFFF_FFFF
         self._config_pending = True
 
     def fail(self) -> None:
         """The device has failed: only a reset helps it (virtio 1.3, 2.1.2)."""
-        self.status |= Status.NEEDS_RESET
-        if self.status & Status.DRIVER_OK:
+        self._failed = True
+        if self._status & Status.DRIVER_OK:
             self._config_pending = True
+
+    def _current_config(self) -> bytes:
+        """The config space; what has changed since it was last looked at is a new generation (4.2.2.1, T5)."""
+        config = self.device.config()
+        if config != self._config:
+            self._config = config
+            self._generation = self._generation + 1 & 0xFFFF_FFFF
+        return config
+
+    def _config_generation(self) -> int:
+        self._current_config()
+        return self._generation
 
     def read(self, offset: int, size: int) -> bytes:
         """*size* bytes the driver reads at *offset*; zeros where it may not."""
         if offset >= abi.VIRTIO_MMIO_CONFIG:
             start = offset - abi.VIRTIO_MMIO_CONFIG
-            return self.device.config()[start : start + size].ljust(size, b"\0")
+            return self._current_config()[start : start + size].ljust(size, b"\0")
         reader = self._readers.get(offset)
         if reader is None or size != 4:
             self.refused += 1
@@ -135,7 +153,13 @@ class MmioTransport:
         return (reader() & 0xFFFF_FFFF).to_bytes(4, "little")
 
     def write(self, offset: int, data: bytes) -> Effect | None:
-        """The driver writes *data* at *offset*: the effect its owner has to see to, if any."""
+        """The driver writes *data* at *offset*: the effect its owner has to see to, if any.
+
+        From a reset's write until it is done, nothing else is taken (T3).
+        """
+        if self._resetting and offset != abi.VIRTIO_MMIO_STATUS:
+            self.refused += 1
+            return None
         if offset >= abi.VIRTIO_MMIO_CONFIG:
             self.device.write_config(offset - abi.VIRTIO_MMIO_CONFIG, data)
             return None
@@ -161,7 +185,7 @@ class MmioTransport:
             abi.VIRTIO_MMIO_SHM_LEN_HIGH: lambda: 0xFFFF_FFFF,
             abi.VIRTIO_MMIO_SHM_BASE_LOW: lambda: 0xFFFF_FFFF,
             abi.VIRTIO_MMIO_SHM_BASE_HIGH: lambda: 0xFFFF_FFFF,
-            abi.VIRTIO_MMIO_CONFIG_GENERATION: lambda: self._generation,
+            abi.VIRTIO_MMIO_CONFIG_GENERATION: self._config_generation,
         }
 
     def _make_writers(self) -> dict[int, Callable[[int], Effect | None]]:
@@ -246,10 +270,12 @@ class MmioTransport:
         queue = self._queue()
         if queue is not None and queue.ready and value == 0:
             return QueueStop(self._selected)
-        if value != 1 or (queue := self._settable()) is None:
+        if value != 1:
             self.refused += value != 0
             return None
-        queue.ready = True
+        if self._settable() is None:
+            return None
+        self._queues[self._selected].ready = True
         return QueueReady(self._layout(self._selected))
 
     def _layout(self, index: int) -> QueueLayout:
@@ -277,7 +303,6 @@ class MmioTransport:
         return used | (abi.VIRTIO_MMIO_INT_CONFIG if self._config_pending else 0)
 
     def _acknowledge(self, value: int) -> None:
-        # Two flags, not one word: queue threads set while the driver clears.
         if value & abi.VIRTIO_MMIO_INT_VRING:
             self._used_pending = False
         if value & abi.VIRTIO_MMIO_INT_CONFIG:
@@ -285,9 +310,13 @@ class MmioTransport:
 
     def _set_status(self, value: int) -> Effect | None:
         if value == 0:
+            self._resetting = True
             return Reset()
+        if self._resetting:
+            self.refused += 1
+            return None
         before = self.status
-        self.status = advance(before, value, self._acceptable)
-        if self.status & ~before & Status.DRIVER_OK:
+        self._status = advance(before, value, self._acceptable) & ~Status.NEEDS_RESET
+        if self._status & ~before & Status.DRIVER_OK:
             return DriverReady(self.features)
         return None

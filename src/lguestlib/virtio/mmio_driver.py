@@ -8,6 +8,9 @@ from lguestlib.virtio.layout import QueueLayout
 from lguestlib.virtio.mmio import MAGIC, VERSION
 from lguestlib.virtio.status import Status
 
+READS_MAX = 1_000_000
+"""Reads until a device that does not finish its reset, or whose config space never rests, is given up."""
+
 
 class Registers(Protocol):
     """A device's register page, as the driver's loads and stores reach it; offsets in bytes."""
@@ -20,7 +23,7 @@ class Registers(Protocol):
 
 
 class DeviceRefused(VirtioError):
-    """The device is no virtio-mmio device of version 2, or does not accept what the driver needs."""
+    """The device is no virtio-mmio device of version 2, or does not do what the driver needs."""
 
 
 class MmioDriver:
@@ -74,7 +77,9 @@ class MmioDriver:
 
     def enable_queue(self, layout: QueueLayout) -> None:
         """Tell the device where the queue is, and enable it (virtio 1.3, 4.2.3.2)."""
-        self._put(abi.VIRTIO_MMIO_QUEUE_SEL, layout.index)
+        room = self.queue_size_max(layout.index)
+        if layout.size > room:
+            raise DeviceRefused(f"virtio-mmio: queue {layout.index} has room for {room}, not {layout.size}")
         self._put(abi.VIRTIO_MMIO_QUEUE_NUM, layout.size)
         for register, address in (
             (abi.VIRTIO_MMIO_QUEUE_DESC_LOW, layout.descriptors),
@@ -84,6 +89,8 @@ class MmioDriver:
             self._put(register, address & 0xFFFF_FFFF)
             self._put(register + 4, address >> 32)
         self._put(abi.VIRTIO_MMIO_QUEUE_READY, 1)
+        if not self._get(abi.VIRTIO_MMIO_QUEUE_READY):
+            raise DeviceRefused(f"virtio-mmio: the device does not enable queue {layout.index}")
 
     def ready(self) -> None:
         """DRIVER_OK: the device is live from here."""
@@ -102,17 +109,20 @@ class MmioDriver:
 
     def config(self, offset: int, size: int) -> bytes:
         """*size* bytes of the config space at *offset*, all of one state (virtio 1.3, 2.5.1)."""
-        while True:
+        for _ in range(READS_MAX):
             before = self._get(abi.VIRTIO_MMIO_CONFIG_GENERATION)
             data = self._registers.read(abi.VIRTIO_MMIO_CONFIG + offset, size)
             if self._get(abi.VIRTIO_MMIO_CONFIG_GENERATION) == before:
                 return data
+        raise DeviceRefused("virtio-mmio: the config space is never the same twice")
 
     def reset(self) -> None:
         """Reset the device; it has stopped using the driver's memory when this returns (4.2.3.1, T3)."""
         self._set_status(Status(0))
-        while self.status:
-            pass
+        for _ in range(READS_MAX):
+            if not self._get(abi.VIRTIO_MMIO_STATUS):
+                return
+        raise DeviceRefused("virtio-mmio: the device does not finish its reset")
 
     def _set_status(self, status: Status) -> None:
         self._put(abi.VIRTIO_MMIO_STATUS, int(status))

@@ -273,13 +273,18 @@ class SplitDeviceQueue:
         try:
             for chain in chains:
                 written = chain.written
-                if not 0 <= written <= chain.writable_length or not chain.in_flight:
+                if written > chain.writable_length or not chain.in_flight:
                     raise self._refuse(chain, written)
                 slot = (used & mask) << 1
                 ring[slot] = chain.head
                 ring[slot + 1] = written
                 used += 1
                 chain.in_flight = False
+        except ValueError:
+            # No 32-bit word holds a negative one.
+            if written < 0:
+                raise self._refuse(chain, written) from None
+            raise
         finally:
             self._used = used
             if self._order:

@@ -7,7 +7,8 @@
 
 The driver sets bits one after another, each only on top of those before it;
 FAILED at any time; writing 0 is a reset, which is done when the device says so.
-Whatever is written, the field holds a state of this picture.
+Whatever is written, the field holds a state of this picture, and FAILED or
+NEEDS_RESET beside it: either leaves nothing to do but the reset.
 """
 
 from collections.abc import Callable
@@ -34,8 +35,12 @@ def advance(current: Status, written: int, features_acceptable: Callable[[], boo
     """The status after a driver, finding *current*, writes a non-zero *written*.
 
     A bit cannot be taken back but by a reset, nor set before the one below it;
-    FEATURES_OK stays clear where *features_acceptable* says no (T1).
+    FEATURES_OK stays clear where *features_acceptable* says no (T1).  After
+    FAILED or NEEDS_RESET, none is set any more (2.1.1, 2.1.2).
     """
+    current |= Status.FAILED & written
+    if current & (Status.FAILED | Status.NEEDS_RESET):
+        return current
     reached = current
     for bit in LADDER:
         if reached & bit:
@@ -43,4 +48,4 @@ def advance(current: Status, written: int, features_acceptable: Callable[[], boo
         if not written & bit or (bit is Status.FEATURES_OK and not features_acceptable()):
             break
         reached |= bit
-    return reached | (Status.FAILED & written)
+    return reached

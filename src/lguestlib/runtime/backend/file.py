@@ -35,13 +35,12 @@ class FileDisk:
         self.tracer = tracer
         try:
             kind = os.fstat(fd).st_mode
-            if stat.S_ISDIR(kind) or not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
-                raise ValueError(f"{name}: neither a regular file nor a block device")
+            if not (stat.S_ISREG(kind) or stat.S_ISBLK(kind)):
+                raise ValueError(f"{name}: neither a regular file nor a block device (name a raw disk image)")
             self.size = os.lseek(fd, 0, os.SEEK_END) // SECTOR * SECTOR
             if not self.size:
-                raise ValueError(
-                    f"{name}: shorter than one sector of {SECTOR} bytes (truncate -s 1M {name} makes it longer)"
-                )
+                remedy = f"truncate -s 1M {name} makes it longer"
+                raise ValueError(f"{name}: shorter than one sector of {SECTOR} bytes ({remedy})")
         except BaseException:
             os.close(fd)
             raise
@@ -61,7 +60,7 @@ class FileDisk:
     @property
     def identity(self) -> bytes:
         """The last bytes of the file's name."""
-        return os.path.basename(self.name).encode()[-VIRTIO_BLK_ID_BYTES:]
+        return os.fsencode(os.path.basename(self.name))[-VIRTIO_BLK_ID_BYTES:]
 
     def read(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Read into *buffers* from byte *offset*; may be short."""

@@ -4,7 +4,9 @@ import errno
 import os
 import termios
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from lguestlib.abi import uio
 from lguestlib.runtime.trace import Tracer
@@ -16,6 +18,8 @@ ESCAPE_COUNT = 3
 ESCAPE_SECONDS = 1.0
 """That many ^C within that time, each alone in its read, are for the launcher."""
 
+AWAY_SECONDS = 0.05
+"""How often a terminal that another job has is looked at."""
 
 _Attributes = list[int | list[bytes | int]]
 
@@ -24,7 +28,9 @@ class Terminal:
     """Input from *input_fd*, output to *output_fd*; the descriptors stay the caller's.
 
     *on_escape* is called for the way out; *on_hangup*, with the error, when
-    nobody takes the output any more, which is then dropped.
+    nobody takes the output any more, which is then dropped.  In the background of
+    its shell's jobs the process goes on, and reads when it is in the foreground:
+    its owner blocks SIGTTIN.
     """
 
     def __init__(
@@ -41,39 +47,45 @@ class Terminal:
         self._on_escape = on_escape
         self._on_hangup = on_hangup
         self._hung_up = False
-        self._saved: _Attributes | None = None
-        self._escapes = 0
-        self._first_escape = 0.0
+        self._in_raw = False
+        self._found: _Attributes | None = None
+        self._away = False
+        self._escapes: deque[float] = deque(maxlen=ESCAPE_COUNT)
 
     def read(self, buffers: Sequence[memoryview]) -> int:
         """Sleep until there is input; 0 at its end.  Raises InterruptedError."""
         while True:
+            if self._away and not _in_background(self._input_fd):
+                self._away = False
+                self.resume()
             try:
                 if self.tracer is None:
                     length = uio.readv(self._input_fd, buffers)
                 else:
                     length = self.tracer.traced("readv", "input", uio.readv, self._input_fd, buffers)
+            except InterruptedError:
+                raise
             except BlockingIOError:
                 # Another process has made the shared descriptor non-blocking.
                 os.set_blocking(self._input_fd, True)
                 continue
             except OSError as error:
-                # A terminal whose other end is gone, or that we are in the background of.
-                if error.errno == errno.EIO:
-                    return 0
-                raise
+                if error.errno == errno.EIO and _in_background(self._input_fd):
+                    self._away = True
+                    time.sleep(AWAY_SECONDS)
+                    raise InterruptedError from None
+                # A terminal whose other end is gone (EIO), what nohup puts in its place (EBADF).
+                return 0
             self._watch_for_escape(length, buffers)
             return length
 
     def _watch_for_escape(self, length: int, buffers: Sequence[memoryview]) -> None:
         if length != 1 or buffers[0][0] != INTERRUPT:
-            self._escapes = 0
+            self._escapes.clear()
             return
         now = time.monotonic()
-        if not self._escapes or now - self._first_escape > ESCAPE_SECONDS:
-            self._escapes, self._first_escape = 0, now
-        self._escapes += 1
-        if self._escapes == ESCAPE_COUNT:
+        self._escapes.append(now)
+        if len(self._escapes) == ESCAPE_COUNT and now - self._escapes[0] <= ESCAPE_SECONDS:
             self._on_escape()
 
     def write(self, buffers: Sequence[memoryview]) -> None:
@@ -109,22 +121,52 @@ class Terminal:
             return 0, 0
         return size.columns, size.lines
 
-    def enter_raw(self) -> None:
-        """If input is a terminal, hand over each key as it is typed, ^C included.
+    @contextmanager
+    def raw(self) -> Iterator[None]:
+        """Inside the ``with`` block a terminal hands over each key as it is typed, ^C included.
 
-        Output is still processed: a bare newline starts a new line.
+        Output is still processed: a bare newline starts a new line.  In the end
+        the terminal is put back as it was found.  Another job's is left alone.
         """
-        if self._saved is None and os.isatty(self._input_fd):
-            self._saved = termios.tcgetattr(self._input_fd)
-            raw = termios.tcgetattr(self._input_fd)
-            raw[3] &= ~(termios.ISIG | termios.ICANON | termios.ECHO)
-            termios.tcsetattr(self._input_fd, termios.TCSANOW, raw)
+        self._in_raw = os.isatty(self._input_fd)
+        self.resume()
+        try:
+            yield
+        finally:
+            self._in_raw = False
+            if self._found is not None and not _in_background(self._input_fd):
+                try:
+                    termios.tcsetattr(self._input_fd, termios.TCSANOW, self._found)
+                except termios.error:
+                    pass
 
-    def restore(self) -> None:
-        """Put the terminal back as it was found; safe to call at any time, more than once."""
-        if self._saved is not None:
-            try:
-                termios.tcsetattr(self._input_fd, termios.TCSANOW, self._saved)
-            except termios.error:
-                pass
-            self._saved = None
+    def resume(self) -> None:
+        """Inside `raw`, when the terminal may have come back from another job, or from the shell."""
+        if not self._in_raw or _in_background(self._input_fd):
+            return
+        try:
+            now: _Attributes = termios.tcgetattr(self._input_fd)
+            if self._found is None:
+                self._found = now
+            termios.tcsetattr(self._input_fd, termios.TCSANOW, _raw(now))
+        except termios.error:
+            # The terminal is gone.
+            return
+
+
+def _raw(attributes: _Attributes) -> _Attributes:
+    local, characters = attributes[3], attributes[6]
+    assert isinstance(local, int) and isinstance(characters, list)
+    raw, characters = list(attributes), list(characters)
+    raw[3] = local & ~(termios.ISIG | termios.ICANON | termios.ECHO | termios.IEXTEN)
+    characters[termios.VMIN], characters[termios.VTIME] = 1, 0
+    raw[6] = characters
+    return raw
+
+
+def _in_background(fd: int) -> bool:
+    """Whether this process's terminal is another job's now: changing it would stop this one (SIGTTOU)."""
+    try:
+        return os.tcgetpgrp(fd) != os.getpgrp()
+    except OSError:
+        return False

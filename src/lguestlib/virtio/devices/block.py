@@ -22,7 +22,6 @@ SEGMENT_SECTORS_MAX = 1 << 16
 _HEADER = struct.Struct("<IIQ")
 _unpack_header = _HEADER.unpack
 _SEGMENT = struct.Struct("<QII")
-_CONFIG = struct.Struct("<QII HBB II BBHI HBB III II B3x")
 _ID_SIZE = abi.VIRTIO_BLK_ID_BYTES
 
 
@@ -91,11 +90,20 @@ class Block(Device):
         return sum(1 << bit for bit in bits)
 
     def config(self) -> bytes:
-        # capacity, size_max, seg_max; geometry; blk_size; topology; wce, num_queues; discard; write-zeroes.
-        return _CONFIG.pack(
-            self._capacity, 0, SEGMENTS_MAX, 0, 0, 0, SECTOR, 0, 0, 0, 0, 0, 0, 0, 1,
-            SEGMENT_SECTORS_MAX, 1, 1, SEGMENT_SECTORS_MAX, 1, 1,
-        )  # fmt: skip
+        return bytes(
+            abi.virtio_blk_config(
+                capacity=self._capacity,
+                seg_max=SEGMENTS_MAX,
+                blk_size=SECTOR,
+                num_queues=1,
+                max_discard_sectors=SEGMENT_SECTORS_MAX,
+                max_discard_seg=1,
+                discard_sector_alignment=1,
+                max_write_zeroes_sectors=SEGMENT_SECTORS_MAX,
+                max_write_zeroes_seg=1,
+                write_zeroes_may_unmap=1,
+            )
+        )
 
     def queues(self) -> Sequence[Queue]:
         return (Queue("requests", self.serve_request),)

@@ -1,0 +1,184 @@
+"""TAP devices and the interfaces they are, in a network namespace of the test's own thread."""
+
+import ctypes
+import errno
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import sessions
+from runtime.rigs import nothing_left
+
+from lguestlib.abi import virtio_net as net
+from lguestlib.abi.ioctl import ioctl
+from lguestlib.abi.netdevice import ifreq
+from lguestlib.abi.sched import CLONE_NEWNET, unshare
+from lguestlib.runtime.backend.tap import DEVICE, Tap
+from lguestlib.runtime.interface import InterfaceAddress, Interfaces, netmask
+from lguestlib.runtime.namespace import without_ipv6
+from lguestlib.runtime.packets import Station, answer, arp_reply, arp_request, echo_reply, echo_request
+from lguestlib.virtio.devices.net import HEADER_SIZE
+
+HOST = InterfaceAddress(bytes([10, 9, 8, 1]), 24)
+# linux/ethtool.h, linux/sockios.h
+ETHTOOL_GTXCSUM, ETHTOOL_GTSO = 0x16, 0x1E
+SIOCETHTOOL = 0x8946
+GUEST = Station(bytes.fromhex("020000000002"), bytes([10, 9, 8, 2]))
+
+
+def in_namespace(test: Callable[[], None]) -> None:
+    """Run *test* on a thread whose network is empty, and its own."""
+    sessions.root_or_skip()
+    if not os.path.exists(DEVICE):
+        pytest.skip(f"{DEVICE} is not there: modprobe tun")
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        unshare(CLONE_NEWNET)
+        try:
+            test()
+        except BaseException as error:
+            failures.append(error)
+
+    with nothing_left():
+        thread = threading.Thread(target=run)
+        thread.start()
+        thread.join()
+    if failures:
+        raise failures[0]
+
+
+@contextmanager
+def tap_with_host() -> Iterator[Tap]:
+    """A TAP device that is up, with the host's address."""
+    tap = Tap()
+    without_ipv6(tap.name)
+    with Interfaces() as interfaces:
+        interfaces.set_address(tap.name, HOST)
+        interfaces.set_up(tap.name)
+    yield tap
+    tap.close()
+
+
+def names() -> list[str]:
+    return sorted(name for _, name in socket.if_nameindex())
+
+
+def send(tap: Tap, frame: bytes) -> int:
+    return tap.send([memoryview(bytearray(HEADER_SIZE)), memoryview(bytearray(frame))])
+
+
+def receive(tap: Tap) -> bytes:
+    header, frame = memoryview(bytearray(HEADER_SIZE)), memoryview(bytearray(2000))
+    return bytes(frame[: tap.receive([header, frame]) - HEADER_SIZE])
+
+
+def test_a_tap_device_is_an_interface_for_as_long_as_it_is_open() -> None:
+    def test() -> None:
+        one, other, named = Tap(), Tap(), Tap("mine")
+        assert (one.name, other.name, named.name) == ("tap0", "tap1", "mine")
+        assert names() == ["lo", "mine", "tap0", "tap1"]
+        with pytest.raises(OSError) as caught:
+            Tap("mine")
+        assert caught.value.errno == errno.EBUSY
+        for tap in (one, other, named):
+            tap.close()
+        assert names() == ["lo"]
+
+    in_namespace(test)
+
+
+def test_the_kernel_answers_through_it() -> None:
+    def test() -> None:
+        with tap_with_host() as tap:
+            question = arp_request(GUEST, HOST.address)
+            assert send(tap, question) == HEADER_SIZE + len(question)
+            host = arp_reply(receive(tap))
+            assert host and host.address == HOST.address
+            for sequence in range(3):
+                send(tap, echo_request(GUEST, host, 5, sequence, bytes(56)))
+                # The kernel asks back who the guest is, the first time.
+                while not (echo := echo_reply(frame := receive(tap), GUEST.address)):
+                    reply = answer(frame, GUEST)
+                    assert reply
+                    send(tap, reply)
+                assert echo.sequence == sequence
+
+    in_namespace(test)
+
+
+def test_a_frame_sent_while_the_interface_is_down_is_refused() -> None:
+    def test() -> None:
+        tap = Tap()
+        with pytest.raises(OSError) as caught:
+            send(tap, arp_request(GUEST, HOST.address))
+        assert caught.value.errno == errno.EIO
+        tap.close()
+
+    in_namespace(test)
+
+
+def offloads(tap: Tap) -> list[str]:
+    """The features that ethtool(8) shows as on: what the kernel leaves to the guest to do."""
+    on = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        for name, command in (("tx", ETHTOOL_GTXCSUM), ("tso", ETHTOOL_GTSO)):
+            value = (ctypes.c_uint32 * 2)(command, 0)
+            request = ifreq(ifr_name=tap.name.encode())
+            request.ifr_ifru.ifru_data = ctypes.addressof(value)
+            ioctl(asked.fileno(), SIOCETHTOOL, request, "SIOCETHTOOL", tap.name)
+            if value[1]:
+                on.append(name)
+    return on
+
+
+def test_the_kernel_leaves_to_the_guest_what_it_has_agreed_to_do_and_no_more() -> None:
+    def test() -> None:
+        checksum, tso4 = 1 << net.VIRTIO_NET_F_GUEST_CSUM, 1 << net.VIRTIO_NET_F_GUEST_TSO4
+        with tap_with_host() as tap:
+            assert offloads(tap) == []
+            tap.activate(checksum)
+            assert offloads(tap) == ["tx"]
+            tap.activate(checksum | tso4)
+            assert offloads(tap) == ["tx", "tso"]
+            tap.activate(0)
+            assert offloads(tap) == []
+
+    in_namespace(test)
+
+
+def test_addresses_are_set_with_their_netmask() -> None:
+    def test() -> None:
+        with tap_with_host() as tap:
+            routes = Path("/proc/thread-self/net/route").read_text().splitlines()[1:]
+            [(name, destination, *_, mask)] = [route.split()[:8] for route in routes]
+            assert (name, destination, mask) == (tap.name, "0008090A", "00FFFFFF")
+
+    in_namespace(test)
+
+
+def test_requests_about_interfaces_that_are_not_there_name_them() -> None:
+    def test() -> None:
+        with Interfaces() as interfaces:
+            for request in (
+                lambda: interfaces.index("none"),
+                lambda: interfaces.set_up("none"),
+                lambda: interfaces.set_address("none", HOST),
+                lambda: interfaces.add_to_bridge("lo", "none"),
+            ):
+                with pytest.raises(OSError) as caught:
+                    request()
+                assert (caught.value.errno, caught.value.filename) == (errno.ENODEV, "none")
+
+    in_namespace(test)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "mask"), [(1, "80000000"), (8, "ff000000"), (23, "fffffe00"), (30, "fffffffc")]
+)
+def test_a_netmask_has_so_many_leading_ones(prefix: int, mask: str) -> None:
+    assert netmask(prefix).hex() == mask

@@ -1,0 +1,81 @@
+"""Y1: what one process stores to a live field, another reads whole or not at all."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import interpreters
+import pytest
+from virtio import tearing
+
+from lguestlib.memory.address import GuestAddress
+from lguestlib.memory.guest import GuestMemory
+from lguestlib.memory.region import Region
+from lguestlib.virtio.split_device import SplitDeviceQueue
+from lguestlib.virtio.split_driver import SplitDriverQueue
+
+SECONDS = 0.3
+PATIENCE = 10.0
+READS = 2000
+
+
+@contextmanager
+def hammered(field: str, how: str) -> Iterator[memoryview]:
+    """*field* as this side's queue sees it, while another process stores to it."""
+    with GuestMemory([Region.memfd(GuestAddress(0), tearing.SIZE)]) as memory:
+        queue: SplitDeviceQueue | SplitDriverQueue[None]
+        if field in tearing.DEVICE_FIELDS:
+            queue = SplitDriverQueue(tearing.LAYOUT, memory, 0)
+        else:
+            queue = SplitDeviceQueue(tearing.LAYOUT, memory, 0)
+        fd = memory.regions[0].fd
+        command = [sys.executable, tearing.__file__, str(fd), field, how]
+        environment = os.environ | {"PYTHONPATH": str(interpreters.SOURCE)}
+        writer = subprocess.Popen(command, env=environment, pass_fds=[fd])
+        view = tearing.view_of(queue, field)
+        try:
+            deadline = time.monotonic() + 30
+            while not view[0]:
+                assert writer.poll() is None and time.monotonic() < deadline
+                time.sleep(0.001)
+            yield view
+            assert writer.poll() is None
+        finally:
+            writer.kill()
+            writer.wait()
+            view.release()
+            queue.release()
+
+
+def seen(view: memoryview, seconds: float) -> set[int]:
+    """The values read there for so long, and then until there are two, or for `PATIENCE`."""
+    values: set[int] = set()
+    starts = time.monotonic()
+    while time.monotonic() - starts < (seconds if len(values) > 1 else PATIENCE):
+        values.update([view[0] for _ in range(READS)])
+    return values
+
+
+def written(view: memoryview) -> set[int]:
+    return {value & (1 << 8 * view.itemsize) - 1 for value in tearing.VALUES}
+
+
+@pytest.mark.parametrize("field", tearing.FIELDS)
+def test_y1_no_value_is_read_that_was_never_written(field: str) -> None:
+    with hammered(field, "view") as view:
+        found = seen(view, SECONDS)
+        assert found <= written(view), sorted(map(hex, found - written(view)))
+        assert len(found) > 1
+
+
+@pytest.mark.parametrize("field", ["used_idx", "used_ring"])
+def test_y1_struct_pack_into_would_be_caught(field: str) -> None:
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one processor sees no store half done (taskset -c 0,1 gives two)")
+    with hammered(field, "pack_into") as view:
+        deadline = time.monotonic() + PATIENCE
+        while seen(view, SECONDS) <= written(view):
+            assert time.monotonic() < deadline, "nothing torn was seen"
