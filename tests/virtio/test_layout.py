@@ -51,20 +51,22 @@ def test_s32_each_part_has_its_alignment(part: str, alignment: int, name: str) -
 
 
 @pytest.mark.parametrize(
-    ("part", "length", "name"),
+    ("part", "alignment", "length", "name"),
     [
-        ("descriptors", 16 * 8, "descriptor table"),
-        ("available", 6 + 2 * 8, "available ring"),
-        ("used", 6 + 8 * 8, "used ring"),
+        ("descriptors", 16, 16 * 8, "descriptor table"),
+        ("available", 2, 6 + 2 * 8, "available ring"),
+        ("used", 4, 6 + 8 * 8, "used ring"),
     ],
 )
-def test_s32_each_part_is_inside_one_region_to_its_last_byte(part: str, length: int, name: str) -> None:
+def test_s32_each_part_is_inside_one_region_to_its_last_byte(
+    part: str, alignment: int, length: int, name: str
+) -> None:
     layout = QueueLayout(0, 8, GuestAddress(0x100), GuestAddress(0x200), GuestAddress(0x300))
     with memory_of((0, PAGE), (PAGE, PAGE), (1 << 32, PAGE)) as memory:
         for end in (PAGE, 2 * PAGE, (1 << 32) + PAGE):
-            last = (end - length) // 16 * 16
+            last = (end - length) // alignment * alignment
             assert refused(replace(layout, **{part: GuestAddress(last)}), memory) is None
-            assert refused(replace(layout, **{part: GuestAddress(last + 16)}), memory) == name
+            assert refused(replace(layout, **{part: GuestAddress(last + alignment)}), memory) == name
         for address in (3 * PAGE, (1 << 32) - 16, (1 << 64) - 16, (1 << 64) - (1 << 32), 1 << 63):
             assert refused(replace(layout, **{part: GuestAddress(address)}), memory) == name
 

@@ -976,6 +976,24 @@ def test_y4_a_released_queue_keeps_no_view_though_it_has_an_error_to_tell() -> N
         assert [chain.head for chain in arena.device.pop_many()] == [0]
 
 
+def test_t3_cve_2026_45782_a_completion_that_comes_after_the_queues_end_touches_nothing() -> None:
+    with Arena() as arena:
+        ring, device = arena.ring, arena.device
+        ring.offer(ring.chain(d(length=8, flags=WRITE)), 7)
+        [chain] = device.pop_many(1)
+        device.release()
+        before = arena.content()
+        assert (chain.readable, chain.writable) == ((), ())
+        late: list[Callable[[], object]] = [
+            lambda: device.push(chain, 8), lambda: device.push_many([chain]), device.pop_many,
+            device.enable_notifications,
+        ]  # fmt: skip
+        for call in late:
+            with pytest.raises(ValueError, match="released"):
+                call()
+        assert arena.content() == before
+
+
 def test_random_use_keeps_every_promise() -> None:
     """Pops, pushes out of order and puts back at random: what is taken is out once and comes back once."""
     seed = 20260101

@@ -120,6 +120,7 @@ def test_a_disk_offers_what_can_be_done_with_it() -> None:
 
 def test_there_is_one_queue_for_requests() -> None:
     device = Block(Disk())
+    assert (device.name, Block(Disk(), "block 2").name) == ("block", "block 2")
     [queue] = device.queues()
     assert queue.service == device.serve_request and not queue.from_outside
     assert SEGMENTS_MAX <= queue.size - 2
@@ -312,6 +313,26 @@ def test_a_segment_of_no_sectors_is_done_and_one_of_too_many_refused() -> None:
     assert disk.calls == []
     assert ask(disk, ZEROES, 0, segment(0, SECTORS, 1)) == (OK, 1)
     assert disk.content == bytes(SIZE)
+
+
+@pytest.mark.parametrize("kind", [DISCARD, ZEROES])
+def test_a_segment_may_have_as_many_sectors_as_the_config_space_says(kind: int) -> None:
+    class Large(Disk):
+        def __init__(self) -> None:
+            super().__init__()
+            self.size = SECTOR << 32
+            self.cleared: list[tuple[int, int]] = []
+
+        def discard(self, offset: int, length: int) -> None:
+            self.cleared.append((offset, length))
+
+        def write_zeroes(self, offset: int, length: int, unmap: bool) -> None:
+            self.cleared.append((offset, length))
+
+    disk = Large()
+    assert ask(disk, kind, 0, segment(3, SEGMENT_SECTORS_MAX)) == (OK, 1)
+    assert ask(disk, kind, 0, segment(3, SEGMENT_SECTORS_MAX + 1)) == (IOERR, 1)
+    assert disk.cleared == [(3 * SECTOR, SEGMENT_SECTORS_MAX * SECTOR)]
 
 
 def test_t22_cve_2026_27211_an_image_is_raw_whatever_the_guest_writes_into_it() -> None:

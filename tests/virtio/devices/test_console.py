@@ -62,6 +62,7 @@ def test_a_resize_is_told_to_whoever_owns_the_transport() -> None:
 
 def test_the_receive_queue_comes_first_and_waits_for_the_outside() -> None:
     device = Console(Line())
+    assert (device.name, Console(Line(), "tty").name) == ("console", "tty")
     receive, transmit = device.queues()
     assert (receive.service, receive.from_outside) == (device.serve_input, True)
     assert (transmit.service, transmit.from_outside) == (device.serve_output, False)

@@ -51,6 +51,7 @@ def test_s33_without_room_the_source_is_not_asked() -> None:
 def test_it_has_one_queue_no_features_and_no_config() -> None:
     device = Entropy(Source())
     [queue] = device.queues()
+    assert (device.name, Entropy(Source(), "dice").name) == ("entropy", "dice")
     assert queue.service == device.serve_request and not queue.from_outside
     assert (device.features, device.config()) == (0, b"") and only_its_own(device)
     device.write_config(0, b"\xff")

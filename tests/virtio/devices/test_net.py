@@ -59,6 +59,7 @@ def test_what_it_offers_and_shows() -> None:
 
 def test_the_receive_queue_comes_first_and_waits_for_the_outside() -> None:
     device = Net(Network(), MAC)
+    assert (device.name, Net(Network(), MAC, "net 2").name) == ("net", "net 2")
     receive, transmit = device.queues()
     assert (receive.service, receive.from_outside) == (device.serve_receive, True)
     assert (transmit.service, transmit.from_outside) == (device.serve_transmit, False)

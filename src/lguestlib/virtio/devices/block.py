@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from lguestlib.abi import virtio_blk as abi
+from lguestlib.abi.virtio_blk import VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN
 from lguestlib.abi.virtio_ids import VIRTIO_ID_BLOCK
 from lguestlib.virtio.chain import Buffers, Chain, part
 from lguestlib.virtio.device import QUEUE_SIZE, Device, Queue
@@ -20,7 +21,7 @@ SEGMENT_SECTORS_MAX = 1 << 16
 """Sectors in one discard or write-zeroes segment."""
 
 _HEADER = struct.Struct("<IIQ")
-_unpack_header = _HEADER.unpack
+_HEADER_SIZE, _unpack_header = _HEADER.size, _HEADER.unpack
 _SEGMENT = struct.Struct("<QII")
 _ID_SIZE = abi.VIRTIO_BLK_ID_BYTES
 
@@ -125,13 +126,13 @@ class Block(Device):
         else:
             data, status = part(writable, 0, room - 1), status[-1:]
         try:
-            if readable and len(readable[0]) == _HEADER.size:
+            if readable and len(readable[0]) == _HEADER_SIZE:
                 kind, _, sector = _unpack_header(readable[0])
-            elif chain.readable_length >= _HEADER.size:
-                kind, _, sector = _unpack_header(chain.read(_HEADER.size))
+            elif chain.readable_length >= _HEADER_SIZE:
+                kind, _, sector = _unpack_header(chain.read(_HEADER_SIZE))
             else:
                 raise _Refused(abi.VIRTIO_BLK_S_IOERR)
-            if kind == abi.VIRTIO_BLK_T_IN:
+            if kind == VIRTIO_BLK_T_IN:
                 written = length = room - 1
                 offset = sector * SECTOR
                 if length % SECTOR or length > self._size - offset or self._read_into(data, offset) != length:
@@ -139,9 +140,9 @@ class Block(Device):
             elif kind not in self._requests:
                 raise _Refused(abi.VIRTIO_BLK_S_UNSUPP)
             else:
-                payload = part(readable, _HEADER.size, chain.readable_length)
+                payload = part(readable, _HEADER_SIZE, chain.readable_length)
                 written = self._requests[kind](sector, payload, data)
-            status[0] = abi.VIRTIO_BLK_S_OK
+            status[0] = VIRTIO_BLK_S_OK
         except InterruptedError:
             raise
         except _Refused as refusal:
