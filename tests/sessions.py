@@ -288,11 +288,11 @@ def ordinary_user(
         pytest.skip(f"{executable} is not below {base} (PYTHON=/usr/bin/python3 sh tests/run)")
     lines = [
         "mount -t tmpfs -o mode=755 lguestlib /mnt",
-        "mkdir /mnt/python /mnt/source /mnt/work",
+        "mkdir /mnt/python /mnt/source /mnt/folder",
         'mount --bind "$1" /mnt/python',
         'mount --bind "$2" /mnt/source',
-        'mount --bind "$3" /mnt/work',
-        "chmod 777 /mnt/work",
+        'mount --bind "$3" /mnt/folder',
+        "chmod 777 /mnt/folder",
     ]
     for number, (device, mode) in enumerate(devices.items()):
         if not os.path.exists(f"/dev/{device}"):
@@ -304,7 +304,7 @@ def ordinary_user(
         ]
     lines += [
         setup,
-        "cd /mnt/work",
+        "cd /mnt/folder",
         "shift 3",
         "export PYTHONHOME=/mnt/python PYTHONPATH=/mnt/source LD_LIBRARY_PATH=/mnt/python/lib",
         'exec setpriv --reuid=65534 --regid=65534 --clear-groups "$@"',

@@ -1,12 +1,21 @@
-"""``python -m lguestlib``."""
+"""``python -m lguestlib``, and the command ``lguestlib``."""
 
+import signal
 import sys
 
-if __name__ == "__main__":
+
+def run() -> int:
+    """Run this process's command line; ^C is quiet even while the interpreter starts and ends."""
     try:
         from lguestlib.cli import main
 
-        sys.exit(main())
+        return main()
     except KeyboardInterrupt:
-        # ^C before there was anything to interrupt.
-        sys.exit(130)
+        return 128 + signal.SIGINT
+    finally:
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -155,7 +155,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(str(error))
         return FAILURE
     except KeyboardInterrupt:
-        _abandon_output()
         return SIGNALLED + signal.SIGINT
     except BrokenPipeError:
         return FAILURE
@@ -179,7 +178,23 @@ def _dispatch(words: list[str]) -> int:
     }  # fmt: skip
     if command not in commands:
         raise _UsageError(f"{command}: no such command (one of {', '.join(commands)}; --help shows more)")
-    return commands[command](words[1:])
+    if command == "run":
+        return _run(words[1:])
+    with _leaving_on_interrupt():
+        return commands[command](words[1:])
+
+
+@contextmanager
+def _leaving_on_interrupt() -> Iterator[None]:
+    """Inside the ``with`` block ^C ends the process at once: there is nothing that has to be put back."""
+    if signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(SIGNALLED + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _version() -> str:
@@ -205,18 +220,9 @@ def _show(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
-        _abandon_output()
         raise
     except OSError as error:
-        _abandon_output()
         raise LaunchError(f"standard output: {error.strerror}") from None
-
-
-def _abandon_output() -> None:
-    """Nobody takes our output: what is left of it must not be waited for at the interpreter's end."""
-    null = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(null, 1)
-    os.close(null)
 
 
 def _say(line: str) -> None:

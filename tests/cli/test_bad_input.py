@@ -155,6 +155,7 @@ def test_a_block_device_is_a_disk(tmp_path: Path) -> None:
 
 
 KERNELS = [
+    (["64", ""], "kernel : No such file or directory"),
     (["64", "missing"], "kernel missing: No such file or directory"),
     (["64", "folder"], "kernel folder: is a directory, not a file"),
     (["64", "fifo"], "kernel fifo: is not a regular file: copy it to one"),

@@ -12,6 +12,8 @@ import pytest
 import sessions
 from sessions import Session, one_line, run, tick_seconds
 
+from lguestlib.runtime.guest import image_path
+
 SECTOR = 512
 
 
@@ -133,13 +135,13 @@ def test_a_file_may_have_any_name(tmp_path: Path) -> None:
     assert "No such file" in missing and "\\x1b[2J" in missing
 
 
-def test_as_many_disks_as_the_bus_takes_and_no_more(tmp_path: Path) -> None:
+def test_as_many_disks_as_the_bus_takes_and_no_more(hypervisor: str, tmp_path: Path) -> None:
     image = tmp_path / "image"
     image.write_bytes(bytes(SECTOR))
     # A network and an entropy device are there without being named, and the console.
-    result = run("run", "--hypervisor", "inprocess", *[f"--block={image}"] * 61, "--exec", "read 0 60")
+    result = run("run", "--hypervisor", hypervisor, *[f"--block={image}"] * 61, "--exec", "read 0 60")
     assert result.status == 0, result
-    result = run("run", "--hypervisor", "inprocess", *[f"--block={image}"] * 62, "--exec", "off")
+    result = run("run", "--hypervisor", hypervisor, *[f"--block={image}"] * 62, "--exec", "off")
     assert result.status == 1
     assert one_line(result.errors).startswith("65 devices: the bus has room for 64, the console included (")
 
@@ -154,6 +156,18 @@ def test_two_runs_at_once_do_not_know_of_each_other(hypervisor: str) -> None:
         for session in (one, other):
             session.type("off\n")
             assert session.end().status == 0
+
+
+def test_a_kernel_gets_the_devices_named_its_words_and_what_is_typed_ahead(image: Path) -> None:
+    sessions.kvm_or_skip()
+    guest = str(image_path())
+    words = ["--tunnet=192.168.19.1", "--rng", "run", "nonsense"]
+    # Words of any bytes, and options before, between and after them.
+    kernel = ("32", guest, b"odd\xff", "--block", str(image), "root=/dev/vda")
+    status, output, errors = run("run", *kernel, "--exec", "stat; read 0; off", "--", *words)
+    assert status == 0, (output, errors)
+    assert "32 MiB, 2 devices" in output or "31 MiB, 2 devices" in output
+    assert "block0: " in output and "console0: " in output and "rng0: " not in output
 
 
 def test_verbose_tells_what_each_queue_has_done() -> None:

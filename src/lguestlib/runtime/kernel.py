@@ -6,10 +6,13 @@ from contextlib import ExitStack, contextmanager
 
 from lguestlib.memory.image.file import open_image
 from lguestlib.memory.image.image import ImageError
-from lguestlib.memory.image.linux_boot import LinuxBoot, ram_map
+from lguestlib.memory.image.linux_boot import LinuxBoot, plain_setup, ram_map
 from lguestlib.memory.image.parse import parse
 from lguestlib.runtime import guest
 from lguestlib.runtime.kvm import KvmMachine
+
+COMMAND_LINE_SIZE = 65535
+"""Bytes of command line for the built-in guest."""
 
 
 def load_kernel(machine: KvmMachine, kernel: str | None, initrd: str | None, command_line: str) -> None:
@@ -29,7 +32,12 @@ def load_kernel(machine: KvmMachine, kernel: str | None, initrd: str | None, com
             if image.bits != 32:
                 raise ImageError(f"{image.format}: the entry is 64-bit; boot the bzImage made from it")
             image.place(machine.memory)
-        boot = LinuxBoot(image, ram_map(machine.memory), os.fsencode(command_line), ramdisk)
+        setup = None
+        if kernel is None:
+            # It reads a line to its end: what 64 devices take is more than Linux does.
+            setup = plain_setup()
+            setup.cmdline_size = COMMAND_LINE_SIZE
+        boot = LinuxBoot(image, ram_map(machine.memory), os.fsencode(command_line), ramdisk, setup)
         machine.boot(image.entry, boot.place(machine.memory).address)
 
 

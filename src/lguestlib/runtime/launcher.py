@@ -165,7 +165,7 @@ class Launcher:
 
     def _words(self) -> list[str]:
         """The command line, without the devices: a kernel of the user's is told nothing else."""
-        if self.options.kernel:
+        if self.options.kernel is not None:
             return list(self.options.arguments)
         words = [word for attachment in self._attachments for word in attachment.guest_parameters()]
         return [*words, *self.options.arguments]
@@ -177,7 +177,7 @@ def choose_hypervisor(options: MachineOptions, say: Say) -> HypervisorName:
     Raises LaunchError where the one asked for cannot be used, or not for that guest.
     """
     if options.hypervisor == "inprocess":
-        if options.kernel:
+        if options.kernel is not None:
             raise LaunchError(
                 f"--hypervisor inprocess: it cannot run {options.kernel} (leave the kernel away, or use kvm)"
             )
@@ -185,7 +185,7 @@ def choose_hypervisor(options: MachineOptions, say: Say) -> HypervisorName:
     try:
         os.close(open_kvm())
     except KvmUnusable as error:
-        if options.hypervisor == "kvm" or options.kernel:
+        if options.hypervisor == "kvm" or options.kernel is not None:
             raise LaunchError(f"kvm: {error}") from None
         say(f"hypervisor: inprocess, because kvm is not usable: {error}")
         return "inprocess"

@@ -42,7 +42,7 @@ def probe() -> list[Finding]:
         Finding("python", None, f"{sys.implementation.name} {platform.python_version()}, {_word_size()}"),
         _gil(),
         Finding("switch interval", None, _switch_interval()),
-        Finding("host", None, f"{platform.machine()}, Linux {platform.release()}, {os.cpu_count()} processors"),
+        Finding("host", None, f"{platform.machine()}, Linux {platform.release()}, {os.cpu_count()} CPUs"),
         _kvm(),
         _lguest(),
         _tun(),
