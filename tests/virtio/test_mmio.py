@@ -295,6 +295,14 @@ def test_s32_t6_cve_2026_86565_a_ready_queue_stays_as_it_was_set_up() -> None:
     assert driver.get(abi.VIRTIO_MMIO_QUEUE_READY) == 1
 
 
+def test_a_queue_whose_addresses_were_never_written_is_at_0() -> None:
+    driver = Driver()
+    driver.negotiate()
+    driver.put(abi.VIRTIO_MMIO_QUEUE_READY, 1)
+    [layout] = driver.transport.layouts
+    assert (layout.size, layout.descriptors, layout.available, layout.used) == (SIZES[0], 0, 0, 0)
+
+
 @pytest.mark.parametrize("value", [2, 3, 0x100, 0x8000_0001, 0xFFFF_FFFF])
 def test_t6_ready_is_0_or_1(value: int) -> None:
     driver = Driver()

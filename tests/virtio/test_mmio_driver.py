@@ -141,6 +141,7 @@ def test_t5_the_config_space_is_read_again_until_it_is_of_one_state(
     monkeypatch.setattr(mmio_driver, "READS_MAX", 50)
     driver = MmioDriver(bus)
     assert driver.config(0, 10) == bus.device.space
+    assert driver.config(3, 4) == bus.device.space[3:7]
     changes = [bytes([number] * 10) for number in range(5)]
 
     def changing(generation: int) -> int:

@@ -17,7 +17,7 @@ from lguestlib.runtime.backend.random import KernelRandom
 from lguestlib.runtime.backend.responder import Responder
 from lguestlib.runtime.backend.tap import DEVICE, Tap
 from lguestlib.runtime.backend.terminal import Terminal
-from lguestlib.runtime.errors import LaunchError as LaunchError
+from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.interface import InterfaceAddress, Interfaces
 from lguestlib.runtime.namespace import enter_network_namespace, without_ipv6
 from lguestlib.runtime.options import (

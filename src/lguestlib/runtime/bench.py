@@ -254,6 +254,7 @@ def bench_block() -> Iterator[Figure]:
             for number, buffer in enumerate(buffers)
         ]  # fmt: skip
         targets = [views.slices(buffer, BLOCK_SIZE) for buffer in buffers]
+        opened.callback(targets.clear)
         choose = random.Random(1)
 
         def random_blocks() -> list[int]:
@@ -281,7 +282,6 @@ def bench_block() -> Iterator[Figure]:
             return (time.perf_counter_ns() - start) / BLOCK_DEPTH
 
         yield in_turns("block: 4 KiB read at depth 32", through_ring, "preadv of such blocks", bare)
-        targets.clear()
 
 
 def bench_net() -> Iterator[Figure]:
@@ -307,9 +307,9 @@ def bench_net() -> Iterator[Figure]:
             return took / BATCH
 
         frame = views.slices(packet.address, packet.length)
+        opened.callback(frame.clear)
         bare = _repeated(os.writev, network.fd, frame, times=BATCH)
         yield in_turns(f"net: transmit {FRAME_SIZE} bytes", through_ring, f"writev({name})", bare)
-        frame.clear()
 
 
 def _network() -> tuple[PacketNetwork, str]:

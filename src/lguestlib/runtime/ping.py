@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from ipaddress import IPv4Address
 
-from lguestlib.runtime.attachments import LaunchError, Say
+from lguestlib.runtime.attachments import Say
+from lguestlib.runtime.backend.script import PROMPT
 from lguestlib.runtime.backend.terminal import Terminal
+from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.launcher import Launcher
 from lguestlib.runtime.machine import Crash, Machine
 from lguestlib.runtime.options import HostNetwork, MachineOptions, PrivateNetwork
@@ -18,7 +20,6 @@ from lguestlib.runtime.trace import Call, OpenCall, Tracer
 TRANSMIT_THREAD, RECEIVE_THREAD = "net0 transmit", "net0 receive"
 """The two queue threads a ping passes through."""
 
-PROMPT = b"> "
 BATCH = 500
 """Pings asked for in one command, so that the console is silent in between."""
 
@@ -60,7 +61,10 @@ def run_pings(
     *tracer* gets all calls of all queue threads; *progress* is told how many
     pings are done.  Raises LaunchError.
     """
-    with _Talk(_gateway(options), count, tracer, progress) as talk, Launcher(options, talk.terminal, say, tracer) as launcher:
+    with (
+        _Talk(_gateway(options), count, tracer, progress) as talk,
+        Launcher(options, talk.terminal, say, tracer) as launcher,
+    ):
         talk.on_failure = launcher.request_stop
         outcome = launcher.run(talk.start)
         talk.hang_up()
@@ -100,18 +104,20 @@ class _Talk:
         self._thread.start()
 
     def hang_up(self) -> None:
-        """The guest has ended: so does the talk."""
-        os.close(self._guest_output)
-        self._guest_output = -1
-        self._thread.join()
+        """The guest has ended: so does the talk.  No matter if it has already, or never began."""
+        if self._guest_output >= 0:
+            os.close(self._guest_output)
+            self._guest_output = -1
+        if self._thread.ident is not None:
+            self._thread.join()
 
     def __enter__(self) -> "_Talk":
         return self
 
     def __exit__(self, *details: object) -> None:
-        for fd in (self._guest_input, self._typed, self._shown, self._guest_output):
-            if fd >= 0:
-                os.close(fd)
+        self.hang_up()
+        for fd in (self._guest_input, self._typed, self._shown):
+            os.close(fd)
 
     def _run(self) -> None:
         try:
@@ -145,7 +151,7 @@ class _Talk:
 
     def _until_prompt(self) -> bytes:
         shown = b""
-        while not (shown == PROMPT or shown.endswith(b"\n" + PROMPT)):
+        while not shown.endswith(PROMPT):
             piece = os.read(self._shown, 65536)
             if not piece:
                 raise LaunchError("ping: the guest ended before it had answered")

@@ -103,7 +103,10 @@ class QueueThread:
                 continue
             if self._finishing:
                 return
-            counters.kicks += kick.wait()
+            kicks = kick.wait()
+            if self._stopping or self._finishing:
+                continue
+            counters.kicks += kicks
             counters.wakeups += 1
             ring.disable_notifications()
 

@@ -49,9 +49,13 @@ class InprocessMachine(Machine):
             if not waiting.poll(max(0.0, seconds) * 1000):
                 return False
         os.read(self._pin, BYTES)
+        self.checkpoint()
+        return True
+
+    def checkpoint(self) -> None:
+        """For the program's loops that do not sleep: does not return once the machine is to stop."""
         if self._stopping:
             raise _Leave
-        return True
 
     def _interrupt_fd(self) -> int | None:
         return os.dup(self._pin)

@@ -300,6 +300,7 @@ class Shell:
             device for device in self._devices if not self._terminal or device is not self._terminal.device
         ]
         for _ in range(count):
+            self._machine.checkpoint()
             for device in devices:
                 self._load(device)
                 device.stop()
