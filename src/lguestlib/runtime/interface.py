@@ -6,7 +6,6 @@ calling thread's network namespace.
 
 import os
 import socket
-from types import TracebackType
 from typing import NamedTuple, Self
 
 from lguestlib.abi import bridge, netdevice
@@ -70,9 +69,7 @@ class Interfaces:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *details: object) -> None:
         self.close()
 
 
