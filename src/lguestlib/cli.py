@@ -220,9 +220,18 @@ def _show(text: str) -> None:
     try:
         print(text, flush=True)
     except BrokenPipeError:
+        _abandon_output()
         raise
     except OSError as error:
+        _abandon_output()
         raise LaunchError(f"standard output: {error.strerror}") from None
+
+
+def _abandon_output() -> None:
+    """Nobody takes our output: some interpreters (3.11.2) would try the rest of it again at their end."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
 
 
 def _say(line: str) -> None:
