@@ -235,6 +235,13 @@ def root_or_skip() -> None:
         pytest.skip("namespaces cannot be made: run as root (sudo sh tests/run)")
 
 
+def user_namespaces_or_skip() -> None:
+    """Skip the running test where user namespaces are refused to everyone, as in a chroot or some containers."""
+    root_or_skip()
+    if subprocess.run(["unshare", "-U", "true"], capture_output=True).returncode:
+        pytest.skip("user namespaces are refused (sysctl user.max_user_namespaces; not in a chroot)")
+
+
 class Namespace:
     """A network namespace, which lasts as long as a process that sleeps in it."""
 

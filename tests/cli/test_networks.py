@@ -106,6 +106,7 @@ def test_the_default_network_is_a_tap_device_that_only_the_guest_sees(hypervisor
 
 
 def test_an_ordinary_user_has_a_tap_device_in_a_user_namespace(hypervisor: str, tmp_path: Path) -> None:
+    sessions.user_namespaces_or_skip()
     prefix, command = ordinary_user(tmp_path)
     with Session("run", "--hypervisor", hypervisor, prefix=prefix, command=command) as session:
         told = session.expect(f"ping {GUEST} reaches the guest)", messages=True)
@@ -137,6 +138,7 @@ def test_an_ordinary_users_disk_is_written(hypervisor: str, tmp_path: Path) -> N
 
 
 def test_an_ordinary_user_without_devices_has_all_in_the_process(tmp_path: Path) -> None:
+    sessions.user_namespaces_or_skip()
     prefix, command = ordinary_user(tmp_path, {"kvm": "600", "net/tun": "600"})
     status, output, errors = run("run", "--exec", "ping; rand 16", prefix=prefix, command=command)
     assert status == 0 and "reply from 192.168.19.1" in output
@@ -174,7 +176,7 @@ def test_an_interface_on_the_host_is_not_an_ordinary_users_to_make(tmp_path: Pat
 
 
 def test_root_without_the_right_to_namespaces_makes_itself_a_user_namespace() -> None:
-    sessions.root_or_skip()
+    sessions.user_namespaces_or_skip()
     less = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
     status, output, errors = run("run", "--hypervisor", "inprocess", "--exec", "ping", prefix=less)
     assert status == 0 and "reply from" in output
@@ -182,7 +184,7 @@ def test_root_without_the_right_to_namespaces_makes_itself_a_user_namespace() ->
 
 
 def test_where_namespaces_are_refused_a_host_in_the_process_answers() -> None:
-    sessions.root_or_skip()
+    sessions.user_namespaces_or_skip()
     script = 'echo 0 >/proc/sys/user/max_net_namespaces; exec "$@"'
     refusing = ["unshare", "-U", "-r", "sh", "-ec", script, "sh"]
     status, output, errors = run("run", "--hypervisor", "inprocess", "--exec", "ping", prefix=refusing)

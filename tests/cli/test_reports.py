@@ -124,6 +124,7 @@ def test_probe_tells_what_there_is_and_the_remedy_for_what_is_not() -> None:
 
 
 def test_probe_for_an_ordinary_user(tmp_path: Path) -> None:
+    sessions.user_namespaces_or_skip()
     prefix, command = ordinary_user(tmp_path)
     findings = json.loads(run("probe", "--json", prefix=prefix, command=command).output)
     assert platform.python_version() in findings["python"]["detail"]

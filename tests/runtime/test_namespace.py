@@ -31,6 +31,7 @@ def test_root_enters_one_with_its_rights_as_they_were() -> None:
 
 
 def test_an_ordinary_user_enters_one_inside_a_user_namespace_and_stays_who_it_is(tmp_path: Path) -> None:
+    sessions.user_namespaces_or_skip()
     prefix, command = sessions.ordinary_user(tmp_path, {})
     python = command[: command.index("-m")]
     result = sessions.run("-c", PROGRAM, prefix=prefix, command=python)

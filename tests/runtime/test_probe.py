@@ -46,7 +46,7 @@ def test_nothing_on_the_host_is_changed() -> None:
 
 
 def test_a_private_network_that_is_refused_has_the_reason_and_a_remedy() -> None:
-    sessions.root_or_skip()
+    sessions.user_namespaces_or_skip()
     script = 'echo 0 >/proc/sys/user/max_net_namespaces; exec "$@"'
     usable, detail, remedy = findings("unshare", "-U", "-r", "sh", "-ec", script, "sh")["private network"]
     assert usable is False and str(detail).startswith("unshare: ")
