@@ -1,6 +1,7 @@
 """A device at work behind its registers: start, stop, reset, failure, each with I/O under way."""
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -143,6 +144,23 @@ def test_a_thread_for_each_queue_from_driver_ok_to_reset(guest: Guest, device: E
     guest.driver.reset()
     assert queue_threads() == []
     assert (device.deactivated, guest.driver.status) == (2, Status(0))
+
+
+@pytest.mark.parametrize("gil", [True, False])
+def test_threads_that_wake_each_other_share_a_processor_where_they_must_take_turns(
+    device: Echo, memory: GuestMemory, monkeypatch: pytest.MonkeyPatch, gil: bool
+) -> None:
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: gil, raising=False)
+    allowed = os.sched_getaffinity(0)
+    runner = DeviceRunner(device, memory, print)
+    guest = Guest(runner, memory)
+    guest.start()
+    assert guest.request(b"here") == b"here"
+    threads = [thread.native_id for thread in threading.enumerate() if thread.name == "echo work"]
+    assert os.sched_getaffinity(threads[0] or 0) == ({max(allowed)} if gil else allowed)
+    assert os.sched_getaffinity(0) == allowed
+    guest.release()
+    runner.close()
 
 
 def test_a_thousand_resets_with_io_in_flight_are_prompt_and_leave_nothing(guest: Guest) -> None:

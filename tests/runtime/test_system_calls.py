@@ -17,6 +17,9 @@ PINGS = 1000
 MARGIN = 20
 """Pings at the start and at the end that are left out, and stray frames that are allowed."""
 
+CONTENTION = 0.05
+"""Futex calls of the queue threads for each ping, at most, on a host that does nothing else."""
+
 ALLOWED = {"net0 receive": {"readv", "write"}, "net0 transmit": {"read", "writev", "write"}}
 
 
@@ -69,9 +72,18 @@ def test_a_thousand_pings_take_the_seeds_calls_and_no_others(tmp_path: Path, hyp
     assert abs(calls["net0 receive"]["readv"] - pings) <= MARGIN
     interrupts = calls["net0 receive"]["write"] + calls["net0 transmit"]["write"]
     assert pings - MARGIN <= interrupts <= 2 * pings + MARGIN
-    if hypervisor == "kvm":
-        # Where two threads want the interpreter at once, one waits, the likelier the busier the host.
-        # A guest that is a thread of this interpreter is always in the way.
-        assert calls["net0 receive"]["futex"] + calls["net0 transmit"]["futex"] < pings / 2
     others = {thread: count for thread, count in calls.items() if thread not in ALLOWED and thread != "guest"}
     assert not others, "a queue that has nothing to do makes no calls"
+
+
+def test_threads_hardly_ever_wait_for_each_other(tmp_path: Path) -> None:
+    """Where two want the interpreter at once, one waits in futex(2): the likelier the busier the host.
+
+    A guest that is a thread of this interpreter is always in the way, so this is KVM's.
+    """
+    shares: list[float] = []
+    while len(shares) < 5 and not (shares and min(shares) < CONTENTION):
+        calls = steady(strace(tmp_path, "kvm"))
+        waits = calls["net0 receive"]["futex"] + calls["net0 transmit"]["futex"]
+        shares.append(waits / calls["net0 transmit"]["writev"])
+    assert min(shares) < CONTENTION, shares

@@ -44,5 +44,7 @@ def new_fence() -> Fence:
 
 
 def new_acquire() -> Fence | None:
-    """What must stand between reading an index and the entries it announces; None on x86."""
+    """What must stand between an index that is read and the entries it announces, and between
+    entries that are written and their index; None on x86, which keeps both orders.
+    """
     return None if STRONGLY_ORDERED else new_fence()

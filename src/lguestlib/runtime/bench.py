@@ -182,22 +182,20 @@ def bench_wake() -> Iterator[Figure]:
     """
     processors = sorted(os.sched_getaffinity(0))
 
-    def serve(chain: Chain) -> int:
-        os.sched_setaffinity(0, processors[-1:])
-        return 0
-
     with ExitStack() as opened:
-        bench = _Bench(Queue("wake", serve))
+        bench = _Bench(Queue("wake", _nothing))
         opened.callback(bench.close)
+        # A new thread is where its parent is.
+        os.sched_setaffinity(0, processors[-1:])
+        opened.callback(os.sched_setaffinity, 0, processors)
         bench.thread.start()
         there, back = eventfd(), eventfd()
         opened.callback(os.close, there)
         opened.callback(os.close, back)
-        echo = threading.Thread(target=_echo, args=(there, back, processors[-1:]), daemon=True)
+        echo = threading.Thread(target=_echo, args=(there, back), daemon=True)
         echo.start()
         opened.callback(echo.join)
         opened.callback(os.write, there, _STOP)
-        opened.callback(os.sched_setaffinity, 0, processors)
         os.sched_setaffinity(0, processors[:1])
         driver = bench.driver
 
@@ -217,8 +215,7 @@ def bench_wake() -> Iterator[Figure]:
 _STOP = (1 << 32).to_bytes(8, "little")
 
 
-def _echo(there: int, back: int, processors: list[int]) -> None:
-    os.sched_setaffinity(0, processors)
+def _echo(there: int, back: int) -> None:
     while os.read(there, BYTES) != _STOP:
         os.write(back, SIGNAL)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.counters import QueueCounters
+from lguestlib.runtime.gil import meeting_place
 from lguestlib.runtime.interrupt import EventfdInterrupt
 from lguestlib.runtime.kick import EventfdKick
 from lguestlib.runtime.queue_thread import QueueThread
@@ -45,6 +46,8 @@ class DeviceRunner:
         """What the device failed of, until it is reset."""
         self._memory = memory
         self._report = report
+        # What one queue sends out comes back by another's: a ping's echo within the call that sent it.
+        self._processor = meeting_place() if any(queue.from_outside for queue in self.queues) else None
         self._threads: dict[int, QueueThread] = {}
         # Held by whoever starts or stops threads, never by a queue's thread.
         self._lock = threading.Lock()
@@ -80,9 +83,11 @@ class DeviceRunner:
                     self.transport.queue_stopped(index)
                 case Reset():
                     self._stop(list(self._threads))
-                    self.device.deactivate()
                     self.failure = None
-                    self.transport.reset_done()
+                    try:
+                        self.device.deactivate()
+                    finally:
+                        self.transport.reset_done()
 
     def _start(self, layout: QueueLayout) -> None:
         if self.failure:
@@ -96,7 +101,7 @@ class DeviceRunner:
             return
         thread = QueueThread(
             f"{self.device.name} {queue.name}", queue, ring, self.kicks[index], self.interrupt,
-            self.counters[index], self._thread_failed,
+            self.counters[index], self._thread_failed, self._processor,
         )  # fmt: skip
         self._threads[index] = thread
         thread.start()

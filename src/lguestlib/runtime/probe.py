@@ -10,6 +10,7 @@ from typing import NamedTuple
 from lguestlib.abi import kvm
 from lguestlib.runtime.backend.tap import DEVICE as TUN_DEVICE
 from lguestlib.runtime.backend.tap import Tap
+from lguestlib.runtime.gil import gil_enabled
 from lguestlib.runtime.kvm import DEVICE as KVM_DEVICE
 from lguestlib.runtime.kvm import KvmUnusable, capability, open_kvm
 from lguestlib.runtime.launcher import SWITCH_INTERVAL
@@ -63,8 +64,7 @@ def _switch_interval() -> str:
 
 def _gil() -> Finding:
     free_threaded = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
-    enabled = getattr(sys, "_is_gil_enabled", lambda: True)()
-    if not enabled:
+    if not gil_enabled():
         return Finding("GIL", None, "off: queue threads run side by side")
     if free_threaded:
         return Finding("GIL", None, "on, in a build that can do without", "start Python with -X gil=0")

@@ -1,7 +1,9 @@
 """A virtqueue is a thread: it sleeps in one blocking call, works, and interrupts the guest itself."""
 
+import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from lguestlib.abi.prctl import name_thread
 from lguestlib.abi.signals import install_interrupt_handler, interrupt_thread
@@ -21,7 +23,8 @@ _STOP_RETRY_SECONDS_MAX = 0.02
 class QueueThread:
     """Serves *ring* with *queue*'s service function until stopped, or until it fails.
 
-    It sleeps on *kick*, or inside a service that waits for the outside.
+    It sleeps on *kick*, or inside a service that waits for the outside; on
+    *processor*, if not None, whenever it runs.
     *on_failure* is called on the thread, as its last act, with the exception
     that ended it.
     """
@@ -35,6 +38,7 @@ class QueueThread:
         interrupt: Interrupt,
         counters: QueueCounters,
         on_failure: Callable[["QueueThread", Exception], None],
+        processor: int | None = None,
     ) -> None:
         self.name = name
         self.counters = counters
@@ -43,6 +47,7 @@ class QueueThread:
         self._kick = kick
         self._interrupt = interrupt
         self._on_failure = on_failure
+        self._processor = processor
         self._stopping = self._finishing = False
         # A received packet is told of before the next one is waited for.
         self._at_once = 1 if queue.from_outside else AT_ONCE
@@ -88,6 +93,9 @@ class QueueThread:
     def _run(self) -> None:
         name_thread(self.name)
         try:
+            if self._processor is not None:
+                with suppress(OSError):
+                    os.sched_setaffinity(0, [self._processor])
             self._serve()
         except Exception as error:
             self.counters.errors += 1

@@ -24,13 +24,15 @@ class PacketNetwork:
         """Nothing to choose: no offloads."""
 
     def send(self, buffers: Sequence[memoryview]) -> int:
-        """Send one frame straight from guest memory.  Raises OSError."""
+        """Send one frame straight from guest memory, cut to what one call takes.  Raises OSError."""
+        buffers = buffers[: uio.UIO_MAXIOV]
         if self.tracer is None:
             return os.writev(self.fd, buffers)
         return self.tracer.traced("writev", self._role, os.writev, self.fd, buffers)
 
     def receive(self, buffers: Sequence[memoryview]) -> int:
         """Sleep until a frame comes, straight into guest memory.  Raises OSError, InterruptedError."""
+        buffers = buffers[: uio.UIO_MAXIOV]
         if self.tracer is None:
             return uio.readv(self.fd, buffers)
         return self.tracer.traced("readv", self._role, uio.readv, self.fd, buffers)

@@ -54,6 +54,7 @@ class Terminal:
 
     def read(self, buffers: Sequence[memoryview]) -> int:
         """Sleep until there is input; 0 at its end.  Raises InterruptedError."""
+        buffers = buffers[: uio.UIO_MAXIOV]
         while True:
             if self._away and not _in_background(self._input_fd):
                 self._away = False

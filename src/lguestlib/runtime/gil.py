@@ -1,0 +1,21 @@
+"""Whether this interpreter's threads take turns, and where it is best that they do."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+def gil_enabled() -> bool:
+    """Whether one thread at a time runs Python: always, but on a free-threaded build with the GIL off."""
+    look: Callable[[], bool] = getattr(sys, "_is_gil_enabled", lambda: True)
+    return look()
+
+
+def meeting_place() -> int | None:
+    """The processor for threads that wake each other, or None for wherever the kernel has them.
+
+    Under the GIL a thread that is woken on another processor while its waker
+    still has Python to run waits for it twice, in futex(2); on one processor it
+    runs when the waker sleeps.
+    """
+    return max(os.sched_getaffinity(0)) if gil_enabled() else None
