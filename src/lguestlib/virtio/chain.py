@@ -32,7 +32,7 @@ class Chain:
 
     __slots__ = (
         "head", "readable", "writable", "readable_length", "writable_length", "written", "in_flight",
-        "offset", "row", "one", "two",
+        "offset", "row", "one", "three",
     )  # fmt: skip
 
     def __init__(self, head: DescriptorIndex) -> None:
@@ -50,9 +50,9 @@ class Chain:
         self.written = 0
         """For `push_many`: bytes the device has written, from the start of the writable ones."""
         self.one: tuple[int, ...] = ()
-        """The first descriptor, as unpacked, that the buffers were decoded from; empty for not to be compared."""
-        self.two: tuple[int, ...] | None = None
-        """The two descriptors after it, if the chain is three in a row."""
+        """The descriptor, as unpacked, of a chain that was one; else empty."""
+        self.three: tuple[int, ...] = ()
+        """The descriptors, as unpacked, of a chain that was three in a row; else empty."""
         self.offset = 16 * head
         """Bytes from the descriptor table's start to the first descriptor."""
         self.row = VRING_DESC_F_NEXT | head + 1 << 16

@@ -173,39 +173,46 @@ class SplitDeviceQueue:
                 raise errors.HeadInFlight(self.index, head)
             chain.in_flight = True
             taken(chain)
-            one = _ONE(table, chain.offset)
-            # Descriptors that have not changed since have nothing new to check.
-            if one == chain.one and (chain.two is None or chain.two == _TWO(table, chain.offset + 16)):
-                continue
-            address, length, link = one
-            start = address - base
-            end = start + length
-            if start < 0 or not length or end > room:
-                self._decode(chain)
-                continue
-            if not link & _NEXT_OR_INDIRECT:
-                if link & VRING_DESC_F_WRITE:
-                    chain.readable, chain.writable = (), (home[start:end],)
-                    chain.readable_length, chain.writable_length = 0, length
-                else:
-                    chain.readable, chain.writable = (home[start:end],), ()
-                    chain.readable_length, chain.writable_length = length, 0
-                chain.one, chain.two = one, None
-                continue
             row = chain.row
-            if link == row and head + 3 <= size:
-                two = address1, length1, link1, address2, length2, flags2, _ = _TWO(table, chain.offset + 16)
-            elif link & 0xFFFF == VRING_DESC_F_INDIRECT and length == _THREE_SIZE and indirect:
-                address, length, link, address1, length1, link1, address2, length2, flags2, _ = _THREE(home, start)
+            # Descriptors that have not changed since have nothing new to check.
+            if chain.three:
+                three = _THREE(table, chain.offset)
+                if three == chain.three:
+                    continue
+                address, length, link, address1, length1, link1, address2, length2, flags2, _ = three
+            else:
+                one = _ONE(table, chain.offset)
+                if one == chain.one:
+                    continue
+                address, length, link = one
                 start = address - base
                 end = start + length
-                row = _FIRST_ROW
-                one = two = ()
-            else:
-                self._decode(chain)
-                continue
+                if start < 0 or not length or end > room:
+                    self._decode(chain)
+                    continue
+                if not link & _NEXT_OR_INDIRECT:
+                    if link & VRING_DESC_F_WRITE:
+                        chain.readable, chain.writable = (), (home[start:end],)
+                        chain.readable_length, chain.writable_length = 0, length
+                    else:
+                        chain.readable, chain.writable = (home[start:end],), ()
+                        chain.readable_length, chain.writable_length = length, 0
+                    chain.one = one
+                    continue
+                if link == row and head + 3 <= size:
+                    two = address1, length1, link1, address2, length2, flags2, _ = _TWO(table, chain.offset + 16)
+                    three = one + two
+                elif link & 0xFFFF == VRING_DESC_F_INDIRECT and length == _THREE_SIZE and indirect:
+                    address, length, link, address1, length1, link1, address2, length2, flags2, _ = _THREE(home, start)
+                    row = _FIRST_ROW
+                    chain.one = three = ()
+                else:
+                    self._decode(chain)
+                    continue
+            start = address - base
             start1 = address1 - base
             start2 = address2 - base
+            end = start + length
             end1 = start1 + length1
             end2 = start2 + length2
             if (
@@ -216,12 +223,12 @@ class SplitDeviceQueue:
                 if link1 == row + _NEXT_ROW_WRITE:
                     chain.readable, chain.writable = (home[start:end],), (home[start1:end1], home[start2:end2])
                     chain.readable_length, chain.writable_length = length, length1 + length2
-                    chain.one, chain.two = one, two
+                    chain.three = three
                     continue
                 if link1 == row + _NEXT_ROW:
                     chain.readable, chain.writable = (home[start:end], home[start1:end1]), (home[start2:end2],)
                     chain.readable_length, chain.writable_length = length + length1, length2
-                    chain.one, chain.two = one, two
+                    chain.three = three
                     continue
             self._decode(chain)
 
@@ -353,7 +360,7 @@ class SplitDeviceQueue:
 
     def _decode(self, chain: Chain) -> None:
         """Check the chain at *chain*'s head and give it its buffers, whatever its shape."""
-        chain.one = ()
+        chain.one = chain.three = ()
         try:
             readable, writable, read, written = walk(
                 self.index, chain.head, self._descriptors, self.size, self._memory, self._indirect
