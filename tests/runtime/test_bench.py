@@ -2,7 +2,7 @@
 
 import pytest
 
-from lguestlib.runtime import bench
+from lguestlib.runtime import bench, namespace
 from lguestlib.runtime.bench import BENCHES, Figure, in_turns, run_bench
 
 
@@ -22,7 +22,7 @@ def test_a_figure_has_the_medians_of_both_and_of_their_ratio() -> None:
 def test_each_benchmark_yields_figures(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "DISK_SIZE", 1 << 20)
     # The process the tests run in stays in its network namespace.
-    monkeypatch.setattr(bench, "enter_network_namespace", _refuse)
+    monkeypatch.setattr(namespace, "enter_network_namespace", _refuse)
     figures = list(run_bench(name))
     assert figures and all(figure.name.startswith(f"{name}: ") for figure in figures)
     for figure in figures:

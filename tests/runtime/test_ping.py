@@ -2,7 +2,7 @@
 
 import pytest
 
-from lguestlib.runtime import attachments
+from lguestlib.runtime import namespace
 from lguestlib.runtime.options import MachineOptions
 from lguestlib.runtime.ping import RECEIVE_THREAD, TRANSMIT_THREAD, Ping, percentile, run_pings, split_by_ping
 from lguestlib.runtime.sequence import SEED_CALLS, calls_by_kind, compare, draw
@@ -79,7 +79,7 @@ def test_a_guest_in_this_process_pings_with_the_seeds_calls_and_no_others(
         raise PermissionError(1, "not in a test")
 
     # The process the tests run in stays in its network namespace: a responder answers.
-    monkeypatch.setattr(attachments, "enter_network_namespace", refuse)
+    monkeypatch.setattr(namespace, "enter_network_namespace", refuse)
     said: list[str] = []
     done: list[int] = []
     report = run_pings(MachineOptions("inprocess"), 20, said.append, Tracer(), done.append)

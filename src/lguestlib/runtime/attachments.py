@@ -8,7 +8,6 @@ import os
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from contextlib import ExitStack
 from ipaddress import IPv4Address, IPv4Network
 
 from lguestlib.runtime.backend.file import FileDisk
@@ -19,7 +18,7 @@ from lguestlib.runtime.backend.tap import DEVICE, Tap
 from lguestlib.runtime.backend.terminal import Terminal
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.interface import InterfaceAddress, Interfaces
-from lguestlib.runtime.namespace import enter_network_namespace, without_ipv6
+from lguestlib.runtime.namespace import private_tap
 from lguestlib.runtime.options import (
     BridgedNetwork,
     DeviceOption,
@@ -177,19 +176,11 @@ def _configure(tap: Tap, asked: str, request: Callable[[Interfaces], None]) -> N
 
 def _private_network(address: InterfaceAddress, say: Say, tracer: Tracer | None) -> PacketNetwork:
     """The TAP interface, or where anything is in its way the host in this process."""
-    with ExitStack() as opened:
-        try:
-            in_user_namespace = enter_network_namespace()
-            tap = Tap("tap0", tracer)
-            opened.callback(tap.close)
-            without_ipv6(tap.name)
-            with Interfaces() as interfaces:
-                interfaces.set_address(tap.name, address)
-                interfaces.set_up(tap.name)
-        except OSError as error:
-            say(f"network: a host inside this process, because no TAP device can be had: {_reason(error)}")
-            return Responder(str(IPv4Address(address.address)), tracer)
-        opened.pop_all()
+    try:
+        tap, in_user_namespace = private_tap(address, tracer)
+    except OSError as error:
+        say(f"network: a host inside this process, because no TAP device can be had: {_reason(error)}")
+        return Responder(str(IPv4Address(address.address)), tracer)
     enter = f"nsenter {'-U --preserve-credentials ' if in_user_namespace else ''}-n -t {os.getpid()}"
     say(
         f"network: {tap.name} has {_shown(address)} in a namespace of its own"

@@ -10,7 +10,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import count
 from typing import NamedTuple
 
@@ -20,12 +20,11 @@ from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.backend.file import FileDisk
 from lguestlib.runtime.backend.packet import PacketNetwork
-from lguestlib.runtime.backend.tap import Tap
 from lguestlib.runtime.counters import QueueCounters
-from lguestlib.runtime.interface import InterfaceAddress, Interfaces
 from lguestlib.runtime.interrupt import EventfdInterrupt
 from lguestlib.runtime.kick import EventfdKick
-from lguestlib.runtime.namespace import enter_network_namespace, without_ipv6
+from lguestlib.runtime.namespace import private_tap
+from lguestlib.runtime.options import DEFAULT_NETWORK
 from lguestlib.runtime.queue_thread import QueueThread
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Queue
@@ -312,16 +311,8 @@ def bench_net() -> Iterator[Figure]:
 def _network() -> tuple[PacketNetwork, str]:
     """A TAP device in a namespace of our own, or where there is none to be had /dev/null."""
     if threading.active_count() == 1:
-        try:
-            enter_network_namespace()
-            tap = Tap("tap0")
-        except OSError:
-            return PacketNetwork(os.open(os.devnull, os.O_WRONLY), "null"), "null"
-        without_ipv6(tap.name)
-        with Interfaces() as interfaces:
-            interfaces.set_address(tap.name, InterfaceAddress(bytes([192, 168, 19, 1]), 24))
-            interfaces.set_up(tap.name)
-        return tap, "tap"
+        with suppress(OSError):
+            return private_tap(DEFAULT_NETWORK.address)[0], "tap"
     return PacketNetwork(os.open(os.devnull, os.O_WRONLY), "null"), "null"
 
 

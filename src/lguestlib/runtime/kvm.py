@@ -100,8 +100,6 @@ class KvmMachine(Machine):
     Raises KvmUnusable, or OSError where KVM refuses a request.
     """
 
-    hypervisor = "kvm"
-
     def __init__(
         self, memory: GuestMemory, report: Callable[[str], None], tracer: Tracer | None = None
     ) -> None:

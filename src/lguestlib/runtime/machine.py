@@ -13,10 +13,11 @@ from typing import Self
 
 from lguestlib.abi.eventfd import BYTES, SIGNAL, eventfd
 from lguestlib.abi.prctl import name_thread
-from lguestlib.abi.signals import install_interrupt_handler, interrupt_thread
+from lguestlib.abi.signals import install_interrupt_handler
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.device_runner import DeviceRunner
+from lguestlib.runtime.ending import end_thread
 from lguestlib.runtime.trace import Tracer
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.mmio import REGION_SIZE
@@ -60,9 +61,6 @@ class Machine(ABC):
     *report* is given lines for people: a device that failed, the guest's last
     words.  With *tracer* the queue threads' system calls are recorded.
     """
-
-    hypervisor: str
-    """The name it goes by on a command line."""
 
     def __init__(
         self, memory: GuestMemory, report: Callable[[str], None], tracer: Tracer | None = None
@@ -146,13 +144,7 @@ class Machine(ABC):
     def stop(self) -> None:
         """End the guest's thread, then the devices'; return when they are gone."""
         self._stopping = True
-        patience = 0.001
-        while self._thread.is_alive():
-            self._leave()
-            if self._thread.native_id is not None:
-                interrupt_thread(self._thread.native_id)
-            self._thread.join(patience)
-            patience = min(2 * patience, 0.02)
+        end_thread(self._thread, self._leave)
         for runner in self.runners:
             runner.stop()
 

@@ -3,7 +3,9 @@
 import os
 
 from lguestlib.abi.sched import CLONE_NEWNET, CLONE_NEWUSER, unshare
-from lguestlib.runtime.interface import Interfaces
+from lguestlib.runtime.backend.tap import Tap
+from lguestlib.runtime.interface import InterfaceAddress, Interfaces
+from lguestlib.runtime.trace import Tracer
 
 
 def enter_network_namespace() -> bool:
@@ -29,6 +31,24 @@ def enter_network_namespace() -> bool:
     # Who follows by nsenter(1) may ping: ping's own privilege does not count in a user namespace.
     _set_if_possible("/proc/sys/net/ipv4/ping_group_range", f"{group} {group}")
     return not privileged
+
+
+def private_tap(address: InterfaceAddress, tracer: Tracer | None = None) -> tuple[Tap, bool]:
+    """A TAP interface with *address*, up, in a new namespace; and what `enter_network_namespace` says.
+
+    Raises OSError where anything is in its way: then the interface is gone.
+    """
+    in_user_namespace = enter_network_namespace()
+    tap = Tap("tap0", tracer)
+    try:
+        without_ipv6(tap.name)
+        with Interfaces() as interfaces:
+            interfaces.set_address(tap.name, address)
+            interfaces.set_up(tap.name)
+    except BaseException:
+        tap.close()
+        raise
+    return tap, in_user_namespace
 
 
 def without_ipv6(name: str) -> None:

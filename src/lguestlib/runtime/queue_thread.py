@@ -6,8 +6,9 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from lguestlib.abi.prctl import name_thread
-from lguestlib.abi.signals import install_interrupt_handler, interrupt_thread
+from lguestlib.abi.signals import install_interrupt_handler
 from lguestlib.runtime.counters import QueueCounters
+from lguestlib.runtime.ending import end_thread
 from lguestlib.runtime.interrupt import Interrupt
 from lguestlib.runtime.kick import Kick
 from lguestlib.virtio.device import Queue, SourceEnded
@@ -15,9 +16,6 @@ from lguestlib.virtio.split_device import SplitDeviceQueue
 
 AT_ONCE = 8
 """Chains taken, served and returned before the driver is told, while more wait: cheaper than each, and steadier."""
-
-_STOP_RETRY_SECONDS = 0.001
-_STOP_RETRY_SECONDS_MAX = 0.02
 
 
 class QueueThread:
@@ -77,17 +75,10 @@ class QueueThread:
         """Stop the thread and return when it has let go of the ring.
 
         What it has begun is finished and returned to the driver; what it has not
-        goes back to the available ring.  A service asleep in an interruptible
-        call is woken by a signal, repeated until the thread is gone, because one
-        that comes just before the call is lost.
+        goes back to the available ring.
         """
         self.request_stop()
-        patience = _STOP_RETRY_SECONDS
-        while self._thread.is_alive():
-            if self._thread.native_id is not None:
-                interrupt_thread(self._thread.native_id)
-            self._thread.join(patience)
-            patience = min(2 * patience, _STOP_RETRY_SECONDS_MAX)
+        end_thread(self._thread, lambda: None)
         self._ring.release()
 
     def _run(self) -> None:

@@ -24,8 +24,6 @@ class InprocessMachine(Machine):
     The guest's processor has one interrupt pin: `wait_for_interrupt` is its HLT.
     """
 
-    hypervisor = "inprocess"
-
     def __init__(
         self,
         memory: GuestMemory,
