@@ -44,7 +44,7 @@ def test_it_holds_the_library_with_its_types_and_its_guest_and_no_tests(wheel: P
     source = interpreters.SOURCE
     wanted = {str(path.relative_to(source)) for path in source.rglob("*.py")} | {"lguestlib/py.typed"}
     guest = [path for path in (source / "lguestlib/runtime/guest").iterdir() if path.is_file()]
-    wanted |= {str(path.relative_to(source)) for path in guest}
+    wanted |= {str(path.relative_to(source)) for path in guest} | {"lguestlib/runtime/initramfs/init.sh"}
     assert "lguestlib/runtime/guest/guest.elf" in wanted
     assert set(names) == wanted
     assert all(data == (source / name).read_bytes() for name, data in shipped.items())

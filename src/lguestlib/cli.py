@@ -14,7 +14,8 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NoReturn
+from dataclasses import replace
+from typing import TYPE_CHECKING, NoReturn
 
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.interface import InterfaceAddress
@@ -23,22 +24,30 @@ from lguestlib.runtime.options import (
     DEFAULT_NETWORK,
     MEBIBYTE,
     MEMORY,
+    UML_MEMORY,
     BridgedNetwork,
     DeviceOption,
     DiskImage,
     HostNetwork,
     MachineOptions,
+    NamedTap,
+    PtyConsole,
     Randomness,
     ScratchDisk,
+    TerminalConsole,
+    VhostUserDisk,
 )
 from lguestlib.runtime.trace import Tracer, chrome_trace
+
+if TYPE_CHECKING:
+    from lguestlib.runtime.vhost_user.serve import ServedDevice
 
 USAGE = 2
 FAILURE = 1
 SIGNALLED = 128
 """And the signal's number."""
 
-_HYPERVISORS = ("auto", "kvm", "inprocess")
+_HYPERVISORS = ("auto", "kvm", "inprocess", "uml")
 
 _LINE_MAX = 4096
 """Bytes that a pipe ready for writing takes at once (pipe(7), PIPE_BUF)."""
@@ -52,6 +61,7 @@ Virtio devices whose every queue is a thread, and a guest to drive them.
 
 commands:
   run      boot a guest, its console on this terminal
+  serve    devices for other virtual machines (QEMU, ...), over vhost-user
   ping     let the guest ping the host, and draw the last ping call by call
   probe    what this host offers, and what to do about the rest
   bench    how fast the rings, the wake-ups, the disk and the network are here
@@ -60,6 +70,7 @@ examples:
   python -m lguestlib run                              the built-in guest: try help
   python -m lguestlib run --block disk.img --exec 'read 0; write 1 hello; flush'
   python -m lguestlib ping --count 100
+  python -m lguestlib serve blk --socket-path disk.sock --blk-file disk.img
   python -m lguestlib COMMAND --help                   more about one command
 """
 
@@ -68,6 +79,7 @@ examples:
   run                                  built-in guest, scratch disk, rng, private network
   run --exec 'ping; rand 16'           type these; the exit status is the guest's verdict
   run --block disk.img --block old.img,readonly
+  run --block vhost-user:disk.sock     a disk that qemu-storage-daemon, SPDK or another serves
   run --tunnet 192.168.19.1            a TAP interface on the host; the guest is 192.168.19.2
   run --tunnet bridge:br0:02:00:00:00:00:05 --append ip=10.0.0.5::10.0.0.1:255.0.0.0
   run --trace trace.json --exec ping   open the file in ui.perfetto.dev
@@ -84,6 +96,51 @@ the guest runs on.
 
 exit status: the guest's verdict, 0 or 1 for the built-in one; 1 if something failed;
 2 for a wrong command line; 130 after ^C, 128 and its number after a signal.
+"""
+
+_SERVE = """\
+usage: python -m lguestlib serve KIND OPTIONS [KIND OPTIONS]...
+
+Devices for other people's virtual machines: vhost-user back-ends, each behind a Unix
+socket of its own, any number of them in one process.  A front-end (QEMU, User-mode Linux,
+cloud-hypervisor, ...) may come and go as often as it likes.
+
+each device:
+  --socket-path PATH   listen there; what is left there by a process that was killed is replaced
+  --fd N               or serve the Unix socket inherited under this number
+  --without NAME,...   do not offer these features (event_idx, indirect_desc, mrg_rxbuf, ...)
+  --print-capabilities what KIND can do, as JSON, and no more
+
+serve blk              a disk
+  --blk-file FILE      a raw image or a block device; after it has grown: kill -USR1
+  --read-only          refuse writing
+  --num-queues N       queues, each with a thread of its own (default 1)
+  --aio sync|io_uring  a queue's requests one after the other, right for what is in the page
+                       cache (default), or many at a time, for a disk that takes its time
+  --direct             past the page cache (O_DIRECT)
+serve net              a network card
+  --tap NAME           on the TAP interface of that name, which is there already
+  --tunnet IP[/LEN][:MAC]|bridge:BR[:MAC]
+                       or on a new one with that address, or in that bridge
+  --mac MAC            the card's station address
+serve console          a console on this terminal; three ^C within a second end the server
+  --pty                or on a new pseudo-terminal
+serve rng              random numbers
+
+anywhere:
+  --stats SECONDS      tell that often what each queue does
+  --trace FILE         record the queue threads' system calls as Chrome trace JSON
+
+examples:
+  serve blk --socket-path disk.sock --blk-file disk.img --num-queues 2 --stats 1
+  serve net --socket-path net.sock --tap tap0 rng --socket-path rng.sock
+  qemu-system-x86_64 -object memory-backend-memfd,id=m,size=512M,share=on -m 512 \\
+      -machine memory-backend=m -chardev socket,id=c,path=disk.sock,reconnect=1 \\
+      -device vhost-user-blk-pci,chardev=c ...
+  linux mem=256M virtio_uml.device=disk.sock:2 ...
+
+exit status: 0 after SIGTERM, or when the socket given by --fd is closed; 1 if something
+failed; 2 for a wrong command line; 128 and the number after another signal.
 """
 
 _PING_EXAMPLES = """\
@@ -174,12 +231,12 @@ def _dispatch(words: list[str]) -> int:
         _show(f"lguestlib {_version()}")
         return 0
     commands: dict[str, Callable[[list[str]], int]] = {
-        "run": _run, "ping": _ping, "probe": _probe, "bench": _bench,
+        "run": _run, "serve": _serve, "ping": _ping, "probe": _probe, "bench": _bench,
     }  # fmt: skip
     if command not in commands:
         raise _UsageError(f"{command}: no such command (one of {', '.join(commands)}; --help shows more)")
-    if command == "run":
-        return _run(words[1:])
+    if command in ("run", "serve"):
+        return commands[command](words[1:])
     with _leaving_on_interrupt():
         return commands[command](words[1:])
 
@@ -257,7 +314,8 @@ def _tell(text: bytes) -> None:
 def _machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hypervisor", choices=_HYPERVISORS, default="auto",
-        help="kvm; inprocess: a guest in Python, works everywhere; auto: kvm if it is usable (default)",
+        help="kvm; inprocess: a guest in Python, works everywhere; uml: User-mode Linux, a kernel as a process;"
+        " auto: kvm if it is usable, else inprocess (default)",
     )  # fmt: skip
     parser.add_argument(
         "--trace", metavar="FILE", help="record the queue threads' system calls as Chrome trace JSON"
@@ -274,11 +332,13 @@ def _run(words: list[str]) -> int:
     )  # fmt: skip
     _machine_options(parser)
     parser.add_argument(
-        "--memory", type=_memory, metavar="MIB", help=f"guest memory in MiB (default {MEMORY // MEBIBYTE})"
+        "--memory", type=_memory, metavar="MIB",
+        help=f"guest memory in MiB (default {MEMORY // MEBIBYTE}; uml: {UML_MEMORY // MEBIBYTE})",
     )
     parser.add_argument(
-        "--block", dest="devices", action=_AppendDevice, type=_disk, metavar="FILE[,readonly]",
-        help="a disk: a raw image or a block device; repeat for more",
+        "--block", dest="devices", action=_AppendDevice, type=_disk,
+        metavar="FILE[,readonly]|vhost-user:SOCKET",
+        help="a disk: a raw image, a block device, or a vhost-user back-end's; repeat for more",
     )  # fmt: skip
     parser.add_argument(
         "--tunnet", dest="devices", action=_AppendDevice, type=_network,
@@ -288,14 +348,18 @@ def _run(words: list[str]) -> int:
     parser.add_argument(
         "--rng", dest="devices", action=_AppendDevice, nargs=0, help="an entropy device"
     )
-    parser.add_argument("--initrd", metavar="FILE", help="an initial ramdisk for KERNEL")
+    parser.add_argument("--initrd", metavar="FILE", help="an initial ramdisk for KERNEL, or for uml")
+    parser.add_argument(
+        "--root", metavar="IMAGE", help="a disk before all others, and root=/dev/vda: its system is what is booted"
+    )
     parser.add_argument(
         "--append", action="append", default=[], metavar="WORDS",
         help="more words of the guest's command line",
     )  # fmt: skip
     parser.add_argument(
-        "--exec", dest="commands", type=_commands, metavar="'CMD; CMD'",
-        help="type these at the guest's prompts, then switch it off; KERNEL gets them at once, and no more",
+        "--exec", dest="commands", type=os.fsencode, metavar="'CMD; CMD'",
+        help="type these at the guest's prompts, then switch it off; KERNEL gets them at once, and no more;"
+        " with uml its shell runs them",
     )  # fmt: skip
     parser.add_argument(
         "--verbose", action="store_true", help="tell at the end what each queue has done"
@@ -305,20 +369,28 @@ def _run(words: list[str]) -> int:
     )
     given = parser.parse_intermixed_args(words)
     memory, kernel, kernel_words = _positional(given.positional, given.memory)
+    is_uml = given.hypervisor == "uml"
+    devices = _devices(given.devices or (), built_in=kernel is None, has_rng=not is_uml)
+    if given.root is not None:
+        devices = (DiskImage(given.root, asked=("--root ", "")), *devices)
+        kernel_words = ["root=/dev/vda", "rw", *kernel_words]
+    for option, value in (("--initrd", given.initrd), ("--root", given.root)):
+        if value is not None and kernel is None and not is_uml:
+            raise _UsageError(f"{option} {value}: the built-in guest has no use for it (name MEM and KERNEL too)")
+    # Of the shell in an initramfs of ours.
+    has_script = is_uml and given.commands is not None and given.initrd is None and given.root is None
     options = MachineOptions(
         hypervisor=given.hypervisor,
-        memory=memory,
-        devices=_devices(given.devices or (), built_in=kernel is None),
+        memory=memory or (UML_MEMORY if is_uml else MEMORY),
+        devices=devices,
         kernel=kernel,
         initrd=given.initrd,
+        script=given.commands if has_script else None,
         arguments=(*kernel_words, *(word for words in given.append for word in words.split())),
     )
-    if options.initrd is not None and kernel is None:
-        raise _UsageError(
-            f"--initrd {options.initrd}: the built-in guest has no use for it (name MEM and KERNEL too)"
-        )
+    commands = None if given.commands is None else [] if has_script else _commands(given.commands)
     with _tracing(given.trace) as tracer:
-        ended = Session(options, given.commands, _say, tracer).run()
+        ended = Session(options, commands, _say, tracer).run()
     if given.verbose:
         for queue, done in ended.counters:
             _say(
@@ -335,9 +407,149 @@ def _run(words: list[str]) -> int:
     return ended.outcome.verdict if isinstance(ended.outcome, PowerOff) else FAILURE
 
 
-def _commands(text: str) -> list[bytes]:
+_KINDS = ("blk", "net", "console", "rng")
+
+
+def _serve(words: list[str]) -> int:
+    from lguestlib.runtime.vhost_user.serve import QueueRate, Serving
+
+    if not words or words[0] == "help" or {"--help", "-h"} & set(words):
+        _show(_SERVE.rstrip())
+        return 0 if words else USAGE
+    if words[0] not in _KINDS:
+        raise _UsageError(f"serve {words[0]}: no such device (one of {', '.join(_KINDS)}; serve --help shows how)")
+    groups = [_served(group) for group in _by_kind(words)]
+    if any(given.print_capabilities for given in groups):
+        kind, features = _capabilities(words[0])
+        _show(json.dumps({"type": kind, "features": features}))
+        return 0
+    if sum(given.kind == "console" and not given.pty for given in groups) > 1:
+        raise _UsageError("serve console: there is one terminal (the others need --pty)")
+    stats = next((given.stats for given in groups if given.stats), 0.0)
+    in_place = os.isatty(1)
+    shown = False
+
+    def show(rates: Sequence[QueueRate]) -> None:
+        nonlocal shown
+        # On a terminal they stay where they are.
+        up = f"\033[{len(rates)}A" if in_place and shown else ""
+        end = "\033[K" if in_place else ""
+        shown = True
+        _show(up + "\n".join(f"{rate}{end}" for rate in rates))
+
+    with _tracing(next((given.trace for given in groups if given.trace), None)) as tracer:
+        number = Serving([_served_device(given) for given in groups], _say, stats, show, tracer).run()
+    return 0 if number in (0, signal.SIGTERM) else SIGNALLED + number
+
+
+def _by_kind(words: list[str]) -> Iterator[list[str]]:
+    """The words of each device: its kind, and what follows up to the next one's."""
+    group: list[str] = []
+    value_follows = False
+    for word in words:
+        if word in _KINDS and group and not value_follows:
+            yield group
+            group = []
+        group.append(word)
+        value_follows = word.startswith("--") and "=" not in word and word not in _SERVE_SWITCHES
+    yield group
+
+
+_SERVE_SWITCHES = ("--read-only", "--direct", "--pty", "--print-capabilities", "--help")
+
+
+def _served(words: list[str]) -> argparse.Namespace:
+    kind = words[0]
+    parser = _Parser(f"serve {kind}", "", "", _SERVE.partition("usage: ")[2].rstrip())
+    parser.add_argument("--socket-path", metavar="PATH", default="")
+    parser.add_argument("--fd", type=_descriptor, metavar="N", default=-1)
+    parser.add_argument("--without", type=_names, default=())
+    parser.add_argument("--print-capabilities", action="store_true")
+    parser.add_argument("--stats", type=_seconds, metavar="SECONDS", default=0.0)
+    parser.add_argument("--trace", metavar="FILE")
+    parser.set_defaults(kind=kind, blk_file="", pty=False, tap=None, tunnet=None)
+    if kind == "blk":
+        parser.add_argument("--blk-file", metavar="FILE", default="")
+        parser.add_argument("--read-only", action="store_true")
+        parser.add_argument("--num-queues", type=_queue_count, metavar="N", default=1)
+        parser.add_argument("--aio", choices=("sync", "io_uring"), default="sync")
+        parser.add_argument("--direct", action="store_true")
+    elif kind == "net":
+        network = parser.add_mutually_exclusive_group()
+        network.add_argument("--tap", metavar="NAME")
+        network.add_argument("--tunnet", type=_network, metavar="IP|bridge:BR")
+        parser.add_argument("--mac", type=lambda text: _mac(text, text), metavar="MAC")
+    elif kind == "console":
+        parser.add_argument("--pty", action="store_true")
+    given = parser.parse_args(words[1:])
+    if given.print_capabilities:
+        return given
+    if bool(given.socket_path) == (given.fd >= 0):
+        raise _UsageError(f"serve {kind}: give one of --socket-path PATH and --fd N")
+    if kind == "blk" and not given.blk_file:
+        raise _UsageError("serve blk: --blk-file FILE is missing")
+    if kind == "net" and given.tap is None and given.tunnet is None:
+        raise _UsageError("serve net: give one of --tap NAME and --tunnet IP")
+    return given
+
+
+def _capabilities(kind: str) -> tuple[str, list[str]]:
+    """The back-end's type and features, as QEMU's docs/interop/vhost-user.json has them."""
+    return ("block", ["read-only", "blk-file"]) if kind == "blk" else (kind, [])
+
+
+def _served_device(given: argparse.Namespace) -> "ServedDevice":
+    from lguestlib.runtime.vhost_user.serve import ServedDevice
+
+    device: DeviceOption
+    match given.kind:
+        case "blk":
+            device = DiskImage(
+                given.blk_file, given.read_only, given.num_queues, ("--blk-file ", " --read-only"), given.aio,
+                given.direct,
+            )  # fmt: skip
+        case "net" if given.tap is not None:
+            device = NamedTap(given.tap, given.mac)
+        case "net":
+            device = replace(given.tunnet, mac=given.mac or given.tunnet.mac)
+        case "console":
+            device = PtyConsole() if given.pty else TerminalConsole()
+        case _:
+            device = Randomness()
+    return ServedDevice(device, given.socket_path, given.fd, given.without)
+
+
+def _descriptor(text: str) -> int:
+    fd = _number(text, 0, 1 << 20)
+    if fd is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a descriptor's number, such as 3")
+    return fd
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip().lower() for name in text.split(",") if name.strip())
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.01 <= seconds <= 1e6:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds from 0.01 on, such as 1")
+    return seconds
+
+
+def _queue_count(text: str) -> int:
+    count = _number(text, 1, 64)
+    if count is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of queues from 1 to 64")
+    return count
+
+
+def _commands(text: bytes) -> list[bytes]:
     """The commands of ``cmd; cmd``."""
-    return [os.fsencode(word.strip()) for word in text.replace("\n", ";").split(";") if word.strip()]
+    return [word.strip() for word in text.replace(b"\n", b";").split(b";") if word.strip()]
 
 
 @contextmanager
@@ -363,26 +575,26 @@ def _tracing(path: str | None) -> Iterator[Tracer | None]:
         raise LaunchError(f"--trace {path}: {error.strerror}") from None
 
 
-def _devices(named: Sequence[DeviceOption], built_in: bool) -> tuple[DeviceOption, ...]:
-    """The devices *named*, and for the built-in guest one of each kind that was not."""
+def _devices(named: Sequence[DeviceOption], built_in: bool, has_rng: bool = True) -> tuple[DeviceOption, ...]:
+    """The devices *named*, and for a guest of ours one of each kind that was not, and that it *has* a driver for."""
     if not named:
-        return DEFAULT_DEVICES
+        return DEFAULT_DEVICES if has_rng else DEFAULT_DEVICES[:-1]
     missing: list[DeviceOption] = []
     if built_in:
-        networks, disks = (HostNetwork, BridgedNetwork), DiskImage
+        networks, disks = (HostNetwork, BridgedNetwork), (DiskImage, VhostUserDisk)
         if not any(isinstance(device, networks) for device in named):
             missing.append(DEFAULT_NETWORK)
         if not any(isinstance(device, disks) for device in named):
             missing.append(ScratchDisk())
-        if Randomness() not in named:
+        if has_rng and Randomness() not in named:
             missing.append(Randomness())
     return (*named, *missing)
 
 
-def _positional(words: list[str], memory: int | None) -> tuple[int, str | None, list[str]]:
+def _positional(words: list[str], memory: int | None) -> tuple[int | None, str | None, list[str]]:
     """Memory in bytes, kernel and its words from ``[MEM KERNEL [ARGS...]]``."""
     if not words:
-        return memory or MEMORY, None, []
+        return memory, None, []
     if len(words) == 1:
         raise _UsageError(
             f"{words[0]}: MEM comes with a KERNEL (run 64 vmlinux; or --memory for the built-in guest)"
@@ -410,10 +622,20 @@ def _memory(text: str) -> int:
 
 
 def _disk(text: str) -> DeviceOption:
+    if text.startswith("vhost-user:"):
+        return _external_disk(text.removeprefix("vhost-user:"))
     path = text.removesuffix(",readonly")
     if not path:
         raise argparse.ArgumentTypeError(f"'{text}' names no file")
     return DiskImage(path, read_only=path != text)
+
+
+def _external_disk(path: str) -> DeviceOption:
+    if not path:
+        raise argparse.ArgumentTypeError("'vhost-user:' names no socket: vhost-user:/run/disk.sock")
+    if path.endswith(",readonly"):
+        raise argparse.ArgumentTypeError(f"'vhost-user:{path}': whether it is read-only is its back-end's to say")
+    return VhostUserDisk(path)
 
 
 def _network(text: str) -> DeviceOption:
@@ -475,7 +697,8 @@ def _ping(words: list[str]) -> int:
     say: Callable[[str], None] = (lambda line: None) if given.json else _say
     with _tracing(given.trace) as tracer:
         report = run_pings(
-            MachineOptions(hypervisor=given.hypervisor), given.count, say, tracer or Tracer(),
+            MachineOptions(given.hypervisor, devices=_devices((), True, given.hypervisor != "uml")), given.count,
+            say, tracer or Tracer(),
             lambda done: _progress(f"{done} of {given.count} pings"),
         )  # fmt: skip
     _progress("")

@@ -61,6 +61,19 @@ HEADERS = {
         ("linux/types.h",), spelled={"BYTES": "sizeof(__u64)", "SIGNAL": '"\\1\\0\\0\\0\\0\\0\\0\\0"'}
     ),
     "fallocate": Header(("linux/falloc.h",)),
+    "futex": Header(("linux/futex.h", "asm/unistd.h")),
+    "io_uring": Header(
+        ("linux/io_uring.h", "asm/unistd.h", "linux/version.h"),
+        text="""
+            #if LINUX_VERSION_CODE < 0x060500
+            #define user_addr resv2
+            #endif
+            #if LINUX_VERSION_CODE < 0x060C00
+            #define min_wait_usec pad
+            #endif
+        """,
+        spelled={"kernel_timespec": "struct __kernel_timespec", "io_uring_sqe.pad2": "__pad2"},
+    ),
     "kvm": Header(
         ("linux/kvm.h",),
         spelled={
@@ -106,11 +119,92 @@ HEADERS = {
         },
         unsigned_here=frozenset({"ifreq_ifru.ifru_flags"}),
     ),
+    "poll": Header(("asm/poll.h",), unsigned_here=frozenset({"pollfd.events", "pollfd.revents"})),
     "prctl": Header(("linux/prctl.h",), spelled={"NAME_SIZE": "16"}),  # TASK_COMM_LEN, linux/sched.h
     "sched": Header(("linux/sched.h",)),
     "signals": Header(("asm/unistd.h",), spelled={"INTERRUPT": "34 + 5"}),  # glibc's SIGRTMIN
     "tun": Header(("linux/ioctl.h", "linux/if_tun.h"), newer={"TUN_F_USO4": 0x20, "TUN_F_USO6": 0x40}),
     "uio": Header(("linux/uio.h",)),
+    "vhost_user": Header(
+        ("linux/types.h", "linux/vhost_types.h"),
+        text="""
+            /* docs/interop/vhost-user.rst of QEMU */
+            #define VHOST_USER_VERSION 0x1
+            #define VHOST_USER_VERSION_MASK 0x3
+            #define VHOST_USER_REPLY_MASK 0x4
+            #define VHOST_USER_NEED_REPLY_MASK 0x8
+            #define VHOST_USER_VRING_IDX_MASK 0xFF
+            #define VHOST_USER_VRING_NOFD_MASK 0x100
+            #define VHOST_USER_F_PROTOCOL_FEATURES 30
+            #define VHOST_USER_PROTOCOL_F_MQ 0
+            #define VHOST_USER_PROTOCOL_F_LOG_SHMFD 1
+            #define VHOST_USER_PROTOCOL_F_RARP 2
+            #define VHOST_USER_PROTOCOL_F_REPLY_ACK 3
+            #define VHOST_USER_PROTOCOL_F_NET_MTU 4
+            #define VHOST_USER_PROTOCOL_F_BACKEND_REQ 5
+            #define VHOST_USER_PROTOCOL_F_CROSS_ENDIAN 6
+            #define VHOST_USER_PROTOCOL_F_CRYPTO_SESSION 7
+            #define VHOST_USER_PROTOCOL_F_PAGEFAULT 8
+            #define VHOST_USER_PROTOCOL_F_CONFIG 9
+            #define VHOST_USER_PROTOCOL_F_BACKEND_SEND_FD 10
+            #define VHOST_USER_PROTOCOL_F_HOST_NOTIFIER 11
+            #define VHOST_USER_PROTOCOL_F_INFLIGHT_SHMFD 12
+            #define VHOST_USER_PROTOCOL_F_RESET_DEVICE 13
+            #define VHOST_USER_PROTOCOL_F_INBAND_NOTIFICATIONS 14
+            #define VHOST_USER_PROTOCOL_F_CONFIGURE_MEM_SLOTS 15
+            #define VHOST_USER_PROTOCOL_F_STATUS 16
+            #define VHOST_USER_GET_FEATURES 1
+            #define VHOST_USER_SET_FEATURES 2
+            #define VHOST_USER_SET_OWNER 3
+            #define VHOST_USER_RESET_OWNER 4
+            #define VHOST_USER_SET_MEM_TABLE 5
+            #define VHOST_USER_SET_LOG_BASE 6
+            #define VHOST_USER_SET_LOG_FD 7
+            #define VHOST_USER_SET_VRING_NUM 8
+            #define VHOST_USER_SET_VRING_ADDR 9
+            #define VHOST_USER_SET_VRING_BASE 10
+            #define VHOST_USER_GET_VRING_BASE 11
+            #define VHOST_USER_SET_VRING_KICK 12
+            #define VHOST_USER_SET_VRING_CALL 13
+            #define VHOST_USER_SET_VRING_ERR 14
+            #define VHOST_USER_GET_PROTOCOL_FEATURES 15
+            #define VHOST_USER_SET_PROTOCOL_FEATURES 16
+            #define VHOST_USER_GET_QUEUE_NUM 17
+            #define VHOST_USER_SET_VRING_ENABLE 18
+            #define VHOST_USER_SET_BACKEND_REQ_FD 21
+            #define VHOST_USER_GET_CONFIG 24
+            #define VHOST_USER_SET_CONFIG 25
+            #define VHOST_USER_GET_INFLIGHT_FD 31
+            #define VHOST_USER_SET_INFLIGHT_FD 32
+            #define VHOST_USER_RESET_DEVICE 34
+            #define VHOST_USER_GET_MAX_MEM_SLOTS 36
+            #define VHOST_USER_ADD_MEM_REG 37
+            #define VHOST_USER_REM_MEM_REG 38
+            #define VHOST_USER_SET_STATUS 39
+            #define VHOST_USER_GET_STATUS 40
+            #define VHOST_USER_BACKEND_CONFIG_CHANGE_MSG 2
+            #define VHOST_USER_CONFIG_SIZE_MAX 256
+            struct vhost_user_header {
+                __u32 request, flags, size;
+            };
+            struct vhost_user_mem_region {
+                __u64 guest_phys_addr, memory_size, userspace_addr, mmap_offset;
+            };
+            struct vhost_user_mem_table {
+                __u32 nregions, padding;
+            };
+            struct vhost_user_log {
+                __u64 mmap_size, mmap_offset;
+            };
+            struct vhost_user_inflight {
+                __u64 mmap_size, mmap_offset;
+                __u16 num_queues, queue_size;
+            };
+            struct vhost_user_config {
+                __u32 offset, size, flags;
+            };
+        """,
+    ),
     "virtio_blk": Header(("linux/virtio_blk.h",)),
     "virtio_config": Header(
         ("linux/virtio_config.h",),

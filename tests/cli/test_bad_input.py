@@ -15,7 +15,7 @@ from lguestlib import cli
 from lguestlib.runtime.guest import image_path
 
 USAGE = [
-    (["nonsense"], "nonsense: no such command (one of run, ping, probe, bench; --help shows more)"),
+    (["nonsense"], "nonsense: no such command (one of run, serve, ping, probe, bench; --help shows more)"),
     (["--nonsense"], "--nonsense: no such command (one of "),
     (["run", "--nonsense"], "unrecognized arguments: --nonsense (python -m lguestlib run --help shows how)"),
     (["run", "--memory"], "argument --memory: expected one argument ("),
@@ -33,6 +33,8 @@ USAGE = [
     (["run", "--hypervisor", "xen"], "argument --hypervisor: invalid choice: 'xen' (choose from "),
     (["run", "--block", ""], "argument --block: '' names no file ("),
     (["run", "--block", ",readonly"], "argument --block: ',readonly' names no file ("),
+    (["run", "--block", "vhost-user:"], "argument --block: 'vhost-user:' names no socket: vhost-user:/run/di"),
+    (["run", "--block", "vhost-user:a,readonly"], "argument --block: 'vhost-user:a,readonly': whether it is"),
     (["run", "--tunnet", ""], "argument --tunnet: '' is not an IPv4 address, such as 192.168.19.1 ("),
     (["run", "--tunnet", "1.2.3"], "argument --tunnet: '1.2.3' is not an IPv4 address, such as 192.168."),
     (["run", "--tunnet", "1.2.3.256"], "argument --tunnet: '1.2.3.256' is not an IPv4 address"),
@@ -103,6 +105,10 @@ DISKS = [
     ("loop", r"Too many levels of symbolic links"),
     ("text/disk", r"Not a directory"),
     ("x" * 300, r"File name too long"),
+    ("vhost-user:missing", r"No such file or directory \(start the back-end before, or name its socket\)"),
+    ("vhost-user:socket", r"Connection refused \(is the back-end listening there\?\)"),
+    ("vhost-user:folder", r"Connection refused \(is the back-end listening there\?\)"),
+    ("vhost-user:" + "x" * 300, r"AF_UNIX path too long \(107 bytes are the most\)"),
 ]
 
 
@@ -184,7 +190,7 @@ def test_a_kernel_that_is_none(words: list[str], line: str, place: Path) -> None
 def test_a_kernel_is_nothing_for_the_guest_in_this_process(place: Path) -> None:
     status, _, errors = run("run", "--hypervisor", "inprocess", "64", "guest", directory=place)
     assert status == 1
-    remedy = "leave the kernel away, or use kvm"
+    remedy = "leave the kernel away, or use kvm or uml"
     assert one_line(errors) == f"--hypervisor inprocess: it cannot run guest ({remedy})"
 
 

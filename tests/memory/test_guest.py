@@ -213,6 +213,18 @@ def test_a_host_address_is_one_of_a_byte_at_least_unless_asked() -> None:
             memory.host_address(GuestAddress(PAGE))
 
 
+def test_a_view_tells_its_guest_address_whichever_region_it_is_in() -> None:
+    bases = (0, PAGE, 0x10_0000, (1 << 64) - PAGE)
+    with GuestMemory(Region.anonymous(GuestAddress(base), PAGE) for base in bases) as memory:
+        with memory.views() as views:
+            for base in bases:
+                for offset, length in ((0, 1), (0, PAGE), (7, 9), (PAGE - 1, 1)):
+                    with views.slice(GuestAddress(base + offset), length) as view:
+                        assert views.guest_address(view) == base + offset
+            with pytest.raises(ValueError, match="no guest memory is mapped"):
+                views.guest_address(memoryview(bytearray(8)))
+
+
 def test_the_largest_region_is_named() -> None:
     with memory_of((0, 16), (64, 128), (1024, 64)) as memory, memory.views() as views:
         assert views.largest == 1

@@ -9,6 +9,7 @@ import interpreters
 import pytest
 import sessions
 from runtime.rigs import nothing_left
+from runtime.scripted_back_end import ScriptedBackEnd
 
 from lguestlib.runtime.attachments import (
     Attachment,
@@ -23,7 +24,8 @@ from lguestlib.runtime.backend.packet import PacketNetwork
 from lguestlib.runtime.backend.terminal import Terminal
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.interface import InterfaceAddress
-from lguestlib.runtime.options import DiskImage, Randomness, ScratchDisk
+from lguestlib.runtime.options import DiskImage, Randomness, ScratchDisk, VhostUserDisk
+from lguestlib.runtime.vhost_user.external import ExternalDisk
 from lguestlib.virtio.devices.block import SECTOR, Block
 from lguestlib.virtio.devices.console import Console
 from lguestlib.virtio.devices.entropy import Entropy
@@ -108,6 +110,25 @@ def test_each_boot_has_a_fresh_device_on_the_same_back_end(tmp_path: Path) -> No
             assert one.name == name
             attachment.close()
     assert isinstance(attachments[0][0], DiskAttachment) and isinstance(attachments[2][0], EntropyAttachment)
+
+
+def test_a_disk_of_a_back_end_is_the_same_over_all_boots_as_its_conversation_is(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with nothing_left(), ScriptedBackEnd(path=path) as backend:
+        attachment = attach(VhostUserDisk(str(path)), nothing_said, None)
+        assert (attachment.kind, attachment.shares_memory) == ("block", True)
+        device = attachment.device(3)
+        assert isinstance(device, ExternalDisk) and device.name == "block3"
+        assert attachment.device(3) is device and backend.names.count("SET_OWNER") == 1
+        attachment.close()
+
+
+def test_a_back_end_that_is_not_there_is_named_with_the_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    with pytest.raises(LaunchError) as caught:
+        attach(VhostUserDisk(str(path)), nothing_said, None)
+    reason = "No such file or directory (start the back-end before, or name its socket)"
+    assert str(caught.value) == f"--block vhost-user:{path}: {reason}"
 
 
 def test_a_disk_that_cannot_be_opened_is_named_with_the_remedy(tmp_path: Path) -> None:

@@ -62,6 +62,12 @@ def test_bytes_past_the_last_whole_sector_are_out_of_sight(tmp_path: Path, lengt
     disk.close()
 
 
+def test_the_size_is_the_files_as_it_is_now(disk: FileDisk, image: Path) -> None:
+    for length, size in ((8192, 8192), (1000, 512), (100, 0), (4096, 4096)):
+        os.truncate(image, length)
+        assert disk.size == size
+
+
 def test_what_is_no_disk_is_refused_and_closed(tmp_path: Path) -> None:
     (tmp_path / "short").write_bytes(bytes(SECTOR - 1))
     os.mkfifo(tmp_path / "fifo")

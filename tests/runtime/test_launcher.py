@@ -14,10 +14,11 @@ from runtime.rigs import nothing_left, open_descriptors
 from lguestlib.runtime import launcher as module
 from lguestlib.runtime.backend.script import Script
 from lguestlib.runtime.backend.terminal import Terminal
+from lguestlib.runtime.boot import Boot
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.kvm import KvmUnusable
 from lguestlib.runtime.launcher import SWITCH_INTERVAL, Launcher, choose_hypervisor
-from lguestlib.runtime.machine import Machine, PowerOff, Stopped
+from lguestlib.runtime.machine import PowerOff, Stopped
 from lguestlib.runtime.options import MEBIBYTE, DiskImage, MachineOptions, Randomness, ScratchDisk
 
 OPTIONS = MachineOptions("inprocess", memory=16 * MEBIBYTE, devices=(ScratchDisk(), Randomness()))
@@ -53,7 +54,7 @@ def test_a_machine_runs_until_its_guest_switches_off(commands: list[str], verdic
 
 def test_a_reboot_is_a_new_machine_on_the_same_disks() -> None:
     said: list[str] = []
-    machines: list[Machine] = []
+    machines: list[Boot] = []
     with script("write 7 kept", "reboot", "read 7", "reboot") as (typist, screen):
         with Launcher(OPTIONS, typist, said.append) as launcher:
             assert launcher.run(machines.append) == PowerOff(0)
@@ -85,7 +86,7 @@ def silent_launcher() -> Iterator[Launcher]:
 def test_a_stop_asked_for_before_it_runs_keeps_the_guest_from_starting() -> None:
     with silent_launcher() as launcher:
         launcher.request_stop()
-        machines: list[Machine] = []
+        machines: list[Boot] = []
         assert launcher.run(machines.append) == Stopped()
         assert len(machines) == 1
 
@@ -119,7 +120,7 @@ def test_sizes_that_change_all_the_time_do_no_harm() -> None:
 
 
 def test_an_error_while_it_boots_leaves_nothing() -> None:
-    def fail(machine: Machine) -> None:
+    def fail(machine: Boot) -> None:
         raise ZeroDivisionError
 
     with script() as (typist, _), Launcher(OPTIONS, typist, nothing_said) as launcher:

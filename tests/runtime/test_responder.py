@@ -54,6 +54,10 @@ def test_frames_that_ask_nothing_get_no_answer(network: Responder) -> None:
     assert arp_reply(receive(network)) == HOST
 
 
+def test_it_does_not_say_how_long_frames_may_be(network: Responder) -> None:
+    assert network.mtu is None
+
+
 def test_the_largest_ping_is_echoed_whole(network: Responder) -> None:
     data = os.urandom(65_000)
     send(network, echo_request(GUEST, HOST, 1, 1, data))

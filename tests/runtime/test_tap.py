@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import pytest
 import sessions
 from runtime.rigs import nothing_left
 
+from lguestlib.abi import tun
 from lguestlib.abi import virtio_net as net
 from lguestlib.abi.ioctl import ioctl
 from lguestlib.abi.netdevice import ifreq
@@ -92,6 +94,135 @@ def test_a_tap_device_is_an_interface_for_as_long_as_it_is_open() -> None:
     in_namespace(test)
 
 
+def made(name: str, flags: int = tun.IFF_TAP | tun.IFF_NO_PI) -> str:
+    """An interface that stays, as ``ip tuntap add`` makes it."""
+    fd = os.open(DEVICE, os.O_RDWR)
+    request = ifreq(ifr_name=name.encode())
+    request.ifr_ifru.ifru_flags = flags
+    ioctl(fd, tun.TUNSETIFF, request, "TUNSETIFF", name)
+    ioctl(fd, tun.TUNSETPERSIST, 1, "TUNSETPERSIST", name)
+    os.close(fd)
+    return name
+
+
+def test_an_interface_that_is_there_is_used_and_stays() -> None:
+    def test() -> None:
+        for flags in (0, tun.IFF_VNET_HDR):
+            made("here", tun.IFF_TAP | tun.IFF_NO_PI | flags)
+            with Interfaces() as interfaces:
+                interfaces.set_mtu("here", 9000)
+                interfaces.set_address("here", HOST)
+                interfaces.set_up("here")
+            for _ in range(2):
+                tap = Tap.existing("here")
+                assert (tap.name, tap.mtu) == ("here", 9000)
+                host = None
+                while not host:
+                    # The kernel sends nothing for a while after the carrier has come back.
+                    if select.select([tap.fd], [], [], 0.05)[0]:
+                        host = arp_reply(receive(tap))
+                    else:
+                        send(tap, arp_request(GUEST, HOST.address))
+                assert host.address == HOST.address
+                tap.close()
+            assert names() == ["here", "lo"]
+
+    in_namespace(test)
+
+
+def test_whoever_opens_it_next_finds_no_offloads_on() -> None:
+    def test() -> None:
+        tap = Tap.existing(made("here"))
+        tap.activate(Tap.offloads)
+        assert offloads(tap) == ["tx", "tso"]
+        tap.close()
+        assert offloads(tap) == []
+
+    in_namespace(test)
+
+
+def test_a_new_interface_is_no_old_one() -> None:
+    def test() -> None:
+        with pytest.raises(OSError) as caught:
+            Tap(made("here"))
+        assert caught.value.errno == errno.EBUSY
+
+    in_namespace(test)
+
+
+@pytest.mark.parametrize("name", ["missing", "tap%d", "", "longest-name-is", "longest-name-isx", "x" * 100])
+def test_an_interface_that_is_not_there_is_named_and_not_made(name: str) -> None:
+    def test() -> None:
+        made("longest-name-i")
+        with pytest.raises(OSError) as caught:
+            Tap.existing(name)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENODEV, name)
+        assert names() == ["lo", "longest-name-i"]
+
+    in_namespace(test)
+
+
+def test_a_name_is_not_cut_to_that_of_another_interface() -> None:
+    def test() -> None:
+        made("longest-name-is")
+        with pytest.raises(OSError) as caught:
+            Tap.existing("longest-name-isx")
+        assert caught.value.errno == errno.ENODEV
+        Tap.existing("longest-name-is").close()
+
+    in_namespace(test)
+
+
+def test_an_interface_that_goes_just_before_it_is_opened_is_not_made_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def test() -> None:
+        with pytest.raises(OSError) as caught:
+            Tap.existing("gone")
+        assert (caught.value.errno, caught.value.filename) == (errno.ENODEV, "gone")
+        assert names() == ["lo"]
+
+    monkeypatch.setattr(Interfaces, "index", lambda self, name: 7)
+    in_namespace(test)
+
+
+def test_an_interface_that_another_has_open_is_busy() -> None:
+    def test() -> None:
+        tap = Tap.existing(made("here"))
+        with pytest.raises(OSError) as caught:
+            Tap.existing("here")
+        assert (caught.value.errno, caught.value.filename) == (errno.EBUSY, "here")
+        tap.close()
+
+    in_namespace(test)
+
+
+def test_what_is_no_tap_interface_with_one_queue_is_refused_with_the_way_to_find_out() -> None:
+    def test() -> None:
+        made("tunnel", tun.IFF_TUN)
+        made("several", tun.IFF_TAP | tun.IFF_NO_PI | tun.IFF_VNET_HDR | tun.IFF_MULTI_QUEUE)
+        for name in ("tunnel", "several", "lo"):
+            with pytest.raises(ValueError, match=f"{name}: not a TAP .*ip -details link show {name}"):
+                Tap.existing(name)
+        assert names() == ["lo", "several", "tunnel"]
+
+    in_namespace(test)
+
+
+def test_an_interface_that_has_gone_fails_what_is_asked_of_it() -> None:
+    def test() -> None:
+        tap = Tap.existing(made("here"))
+        ioctl(tap.fd, tun.TUNSETPERSIST, 0, "TUNSETPERSIST", "here")
+        other, tap.fd = tap.fd, os.open(os.devnull, os.O_RDWR)
+        os.close(other)
+        with pytest.raises(OSError) as caught:
+            tap.mtu
+        assert caught.value.errno == errno.ENODEV
+        tap.close()
+
+    in_namespace(test)
+
+
 def test_the_kernel_answers_through_it() -> None:
     def test() -> None:
         with tap_with_host() as tap:
@@ -166,6 +297,8 @@ def test_requests_about_interfaces_that_are_not_there_name_them() -> None:
         with Interfaces() as interfaces:
             for request in (
                 lambda: interfaces.index("none"),
+                lambda: interfaces.mtu("none"),
+                lambda: interfaces.set_mtu("none", 1500),
                 lambda: interfaces.set_up("none"),
                 lambda: interfaces.set_address("none", HOST),
                 lambda: interfaces.add_to_bridge("lo", "none"),

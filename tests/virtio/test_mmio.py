@@ -65,9 +65,9 @@ WRITABLE = {register.offset: register for register in TABLE if register.write}
 class Driver:
     """Accesses to the registers of a toy, four bytes at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, note: bool = True) -> None:
         self.device = Toy()
-        self.transport = MmioTransport(self.device)
+        self.transport = MmioTransport(self.device, note)
 
     def get(self, register: int) -> int:
         return int.from_bytes(self.transport.read(register, 4), "little")
@@ -349,6 +349,23 @@ def test_driver_ok_is_told_once_with_the_features_and_the_queues() -> None:
     assert driver.put(abi.VIRTIO_MMIO_STATUS, ALIVE) == DriverReady(int(RING_FEATURES))
     assert [layout.index for layout in driver.transport.layouts] == [0, 2]
     assert driver.put(abi.VIRTIO_MMIO_STATUS, ALIVE) is None
+
+
+def test_used_buffers_that_nobody_notes_are_told_of_while_the_driver_is_live() -> None:
+    driver = Driver(note=False)
+    driver.negotiate()
+    assert driver.get(abi.VIRTIO_MMIO_INTERRUPT_STATUS) == 0
+    driver.put(abi.VIRTIO_MMIO_STATUS, ALIVE)
+    for _ in range(2):
+        assert driver.get(abi.VIRTIO_MMIO_INTERRUPT_STATUS) == abi.VIRTIO_MMIO_INT_VRING
+        driver.put(abi.VIRTIO_MMIO_INTERRUPT_ACK, 3)
+    driver.transport.config_changed()
+    assert driver.get(abi.VIRTIO_MMIO_INTERRUPT_STATUS) == 3
+    driver.put(abi.VIRTIO_MMIO_INTERRUPT_ACK, abi.VIRTIO_MMIO_INT_CONFIG)
+    assert driver.get(abi.VIRTIO_MMIO_INTERRUPT_STATUS) == abi.VIRTIO_MMIO_INT_VRING
+    driver.put(abi.VIRTIO_MMIO_STATUS, 0)
+    driver.transport.reset_done()
+    assert driver.get(abi.VIRTIO_MMIO_INTERRUPT_STATUS) == 0
 
 
 def test_t3_cve_2026_45782_a_reset_is_over_only_when_its_owner_says_so_and_leaves_nothing() -> None:

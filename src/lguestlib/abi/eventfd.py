@@ -29,3 +29,15 @@ def eventfd(initial: int = 0) -> int:
         return os.eventfd(initial, os.EFD_CLOEXEC)
     except OSError as error:
         raise failure(error.errno or 0, "eventfd") from None
+
+
+def is_eventfd(fd: int) -> bool:
+    """Whether the descriptor *fd* is an eventfd; where that cannot be seen (no /proc), it is taken for one.
+
+    Raises OSError for no descriptor at all (EBADF).
+    """
+    os.fstat(fd)
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]"
+    except OSError:
+        return True

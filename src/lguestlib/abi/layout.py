@@ -96,3 +96,8 @@ def offset_of(structure: type[ctypes.Structure] | type[ctypes.Union], field: str
     """
     offset: int = getattr(structure, field).offset
     return offset
+
+
+def size_of(structure: type[ctypes.Structure] | type[ctypes.Union]) -> int:
+    """The bytes of *structure*, as C's ``sizeof``."""
+    return ctypes.sizeof(structure)

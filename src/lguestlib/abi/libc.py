@@ -10,7 +10,7 @@ import errno
 import os
 import platform
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -86,9 +86,21 @@ def syscall(numbers: SyscallNumbers, *arguments: int) -> int:
 
     Raises OSError (ENOSYS) on an architecture whose numbers are not known here.
     """
-    number = numbers[_table()]
-    words = (ctypes.c_long,) * (1 + len(arguments))
-    return function("syscall", *words, result=ctypes.c_long)(number, *arguments)
+    return _syscall(len(arguments))(numbers[_table()], *arguments)
+
+
+def system_call(numbers: SyscallNumbers, count: int) -> Callable[..., int]:
+    """`syscall` of *numbers* with *count* arguments as a function, for a call that is made often.
+
+    Raises OSError as `syscall`.
+    """
+    return partial(_syscall(count), numbers[_table()])
+
+
+@cache
+def _syscall(count: int) -> Callable[..., int]:
+    words = (ctypes.c_long,) * (1 + count)
+    return function("syscall", *words, result=ctypes.c_long)
 
 
 @cache

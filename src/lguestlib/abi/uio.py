@@ -33,7 +33,7 @@ _VECTOR = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
 _at, _first = ctypes.addressof, ctypes.c_char.from_buffer
 
 
-def _vector(buffers: Sequence[memoryview]) -> "array[int]":
+def vector(buffers: Sequence[memoryview]) -> "array[int]":
     """The iovecs of *buffers*, each as its two words; a call takes their `buffer_info`'s address."""
     words = array("L")
     append = words.append
@@ -59,7 +59,7 @@ def readv(fd: int, buffers: Sequence[memoryview]) -> int:
 
     Raises InterruptedError when a signal arrives first, other OSErrors as readv(2).
     """
-    words = _vector(buffers)
+    words = vector(buffers)
     return check(_bound("readv")(fd, words.buffer_info()[0], len(buffers)), "readv", fd)
 
 
@@ -68,7 +68,7 @@ def writev(fd: int, buffers: Sequence[memoryview]) -> int:
 
     Raises InterruptedError when a signal arrives first, other OSErrors as writev(2).
     """
-    words = _vector(buffers)
+    words = vector(buffers)
     return check(_bound("writev")(fd, words.buffer_info()[0], len(buffers)), "writev", fd)
 
 
@@ -77,7 +77,7 @@ def preadv(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
 
     Raises OverflowError for an offset over 63 bits.
     """
-    words = _vector(buffers)
+    words = vector(buffers)
     fitting(offset, ctypes.c_int64, "preadv offset")
     return check(_bound_at("preadv")(fd, words.buffer_info()[0], len(buffers), offset), "preadv", fd)
 
@@ -87,6 +87,6 @@ def pwritev(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
 
     Raises OverflowError for an offset over 63 bits.
     """
-    words = _vector(buffers)
+    words = vector(buffers)
     fitting(offset, ctypes.c_int64, "pwritev offset")
     return check(_bound_at("pwritev")(fd, words.buffer_info()[0], len(buffers), offset), "pwritev", fd)

@@ -1,4 +1,4 @@
-"""The two kinds of address, the guest's and this process's, and a range of the guest's.
+"""The kinds of address, the guest's, this process's and another's, and a range of the guest's.
 
 To a type checker the addresses are distinct from each other and from ``int``, so
 that one of one kind cannot be passed where the other is meant.
@@ -11,6 +11,9 @@ GuestAddress = NewType("GuestAddress", int)
 
 HostAddress = NewType("HostAddress", int)
 """A virtual address in this process, in bytes."""
+
+UserAddress = NewType("UserAddress", int)
+"""A virtual address in the vhost-user front-end's process, in bytes."""
 
 
 class GuestRange(NamedTuple):

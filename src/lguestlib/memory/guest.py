@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
+from lguestlib.abi.mmap import address_of
 from lguestlib.memory.address import GuestAddress, HostAddress
 from lguestlib.memory.region import Region
 
@@ -154,6 +155,17 @@ class MemoryViews:
             return [self.roots[index][start : start + length]]  # as nearly all are
         pieces = _locate(self.regions, self._bases, address, length)
         return [self.roots[index][start : start + room] for index, start, room in pieces if room]
+
+    def guest_address(self, view: memoryview) -> GuestAddress:
+        """Where the first byte of *view*, a slice that is not empty, is in guest memory.
+
+        Raises ValueError for a view of something else.
+        """
+        host = address_of(view)
+        for region in self.regions:
+            if 0 <= host - region.host_address < region.size:
+                return GuestAddress(region.base + host - region.host_address)
+        raise ValueError(f"no guest memory is mapped at {host:#x}")
 
     def release(self) -> None:
         """Give up the views; slices handed out keep the mapping until they go."""

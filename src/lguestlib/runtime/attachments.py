@@ -12,23 +12,32 @@ from ipaddress import IPv4Address, IPv4Network
 
 from lguestlib.runtime.backend.file import FileDisk
 from lguestlib.runtime.backend.packet import PacketNetwork
+from lguestlib.runtime.backend.pty import Pty
 from lguestlib.runtime.backend.random import KernelRandom
 from lguestlib.runtime.backend.responder import Responder
 from lguestlib.runtime.backend.tap import DEVICE, Tap
 from lguestlib.runtime.backend.terminal import Terminal
+from lguestlib.runtime.backend.uring import IO_URING_REMEDY, Uring
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.interface import InterfaceAddress, Interfaces
 from lguestlib.runtime.namespace import private_tap
 from lguestlib.runtime.options import (
+    AioName,
     BridgedNetwork,
     DeviceOption,
     DiskImage,
     HostNetwork,
+    NamedTap,
     PrivateNetwork,
+    PtyConsole,
     Randomness,
     ScratchDisk,
+    TerminalConsole,
+    VhostUserDisk,
 )
 from lguestlib.runtime.trace import Tracer
+from lguestlib.runtime.vhost_user.external import ExternalDisk
+from lguestlib.runtime.vhost_user.frontend import BackEndError
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.devices.block import Block
 from lguestlib.virtio.devices.console import Console
@@ -41,6 +50,11 @@ Say = Callable[[str], None]
 
 class Attachment(ABC):
     """What one device does to the outside."""
+
+    kind = ""
+    """Its device's name, before the number; those of one kind are counted together."""
+    shares_memory = False
+    """Whether the guest's memory goes to another process."""
 
     @abstractmethod
     def device(self, number: int) -> Device:
@@ -57,11 +71,32 @@ class Attachment(ABC):
 class DiskAttachment(Attachment):
     """A disk."""
 
-    def __init__(self, disk: FileDisk) -> None:
+    kind = "block"
+
+    def __init__(self, disk: FileDisk, queues: int = 1, aio: AioName = "sync") -> None:
+        self._disk = disk
+        self._queues = queues
+        self._transfer_file = disk.fd if aio == "io_uring" else None
+
+    def device(self, number: int) -> Device:
+        return Block(self._disk, f"block{number}", self._queues, self._transfer_file)
+
+    def close(self) -> None:
+        self._disk.close()
+
+
+class ExternalDiskAttachment(Attachment):
+    """A disk that another process serves, the same over all boots as the conversation is."""
+
+    kind = "block"
+    shares_memory = True
+
+    def __init__(self, disk: ExternalDisk) -> None:
         self._disk = disk
 
     def device(self, number: int) -> Device:
-        return Block(self._disk, f"block{number}")
+        self._disk.name = f"block{number}"
+        return self._disk
 
     def close(self) -> None:
         self._disk.close()
@@ -70,12 +105,16 @@ class DiskAttachment(Attachment):
 class EntropyAttachment(Attachment):
     """The kernel's randomness."""
 
+    kind = "rng"
+
     def device(self, number: int) -> Device:
         return Entropy(KernelRandom(), f"rng{number}")
 
 
 class ConsoleAttachment(Attachment):
     """The terminal, which stays its owner's."""
+
+    kind = "console"
 
     def __init__(self, terminal: Terminal) -> None:
         self._terminal = terminal
@@ -84,8 +123,25 @@ class ConsoleAttachment(Attachment):
         return Console(self._terminal, f"console{number}")
 
 
+class PtyAttachment(Attachment):
+    """A console on a pseudo-terminal."""
+
+    kind = "console"
+
+    def __init__(self, pty: Pty) -> None:
+        self._pty = pty
+
+    def device(self, number: int) -> Device:
+        return Console(self._pty, f"console{number}")
+
+    def close(self) -> None:
+        self._pty.close()
+
+
 class NetworkAttachment(Attachment):
     """A network on which the host has *address*, where it has one."""
+
+    kind = "net"
 
     def __init__(self, network: PacketNetwork, address: InterfaceAddress | None, mac: bytes | None) -> None:
         self._network = network
@@ -93,7 +149,8 @@ class NetworkAttachment(Attachment):
         self._mac = mac or _station_address(address)
 
     def device(self, number: int) -> Device:
-        return Net(self._network, self._mac, f"net{number}")
+        mtu = self._network.mtu if isinstance(self._network, Tap) else None
+        return Net(self._network, self._mac, f"net{number}", mtu=mtu)
 
     def guest_parameters(self) -> list[str]:
         if not self._address:
@@ -108,8 +165,12 @@ class NetworkAttachment(Attachment):
 def attach(option: DeviceOption, say: Say, tracer: Tracer | None) -> Attachment:
     """Open what *option* asks for.  Raises LaunchError."""
     match option:
-        case DiskImage(path, read_only):
-            return DiskAttachment(_open_disk(path, read_only, tracer))
+        case DiskImage():
+            if option.aio == "io_uring":
+                _try_io_uring()
+            return DiskAttachment(_open_disk(option, tracer), option.queues, option.aio)
+        case VhostUserDisk(path):
+            return ExternalDiskAttachment(_reach(path))
         case ScratchDisk(size):
             return DiskAttachment(FileDisk.scratch(size, tracer))
         case Randomness():
@@ -128,28 +189,53 @@ def attach(option: DeviceOption, say: Say, tracer: Tracer | None) -> Attachment:
             _configure(tap, asked, lambda interfaces: interfaces.add_to_bridge(tap.name, bridge))
             say(f"network: {tap.name} is a port of {bridge}")
             return NetworkAttachment(tap, None, mac)
+        case NamedTap(name, mac):
+            return NetworkAttachment(_existing_tap(name, tracer), None, mac)
+        case TerminalConsole():
+            raise LaunchError("console: the terminal is its owner's to attach")
+        case PtyConsole():
+            pty = _open_pty(tracer)
+            say(f"console: {pty.name}")
+            return PtyAttachment(pty)
         case PrivateNetwork(address):
             return NetworkAttachment(_private_network(address, say, tracer), address, None)
 
 
-def _open_disk(path: str, read_only: bool, tracer: Tracer | None) -> FileDisk:
+def _open_disk(image: DiskImage, tracer: Tracer | None) -> FileDisk:
+    before, behind = image.asked
     try:
-        return FileDisk.open(path, read_only, tracer)
+        return FileDisk.open(image.path, image.read_only, tracer, image.direct)
     except ValueError as error:
-        raise LaunchError(f"--block {error}") from None
+        raise LaunchError(f"{before}{error}") from None
     except OSError as error:
-        asked = f"{path},readonly" if read_only else path
-        missing = f"truncate -s 64M {path} makes an empty one"
-        if "," in path:
-            missing = "after a file's name only ,readonly has a meaning"
+        asked = f"{image.path}{behind}" if image.read_only else image.path
+        missing = f"truncate -s 64M {image.path} makes an empty one"
+        if "," in image.path and "," in behind:
+            missing = f"after a file's name only {behind} has a meaning"
         remedies = {
             errno.ENOENT: missing,
-            errno.EACCES: "chmod it" if read_only else f"chmod it, or ask for {path},readonly",
-            errno.EROFS: f"ask for {path},readonly",
+            errno.EACCES: "chmod it" if image.read_only else f"chmod it, or ask for {image.path}{behind}",
+            errno.EROFS: f"ask for {image.path}{behind}",
             errno.EISDIR: "name a raw disk image or a block device",
             errno.EMFILE: "ulimit -n raises the limit",
         }
-        raise LaunchError(f"--block {asked}: {_with_remedy(error, remedies)}") from None
+        if image.direct:
+            remedies[errno.EINVAL] = "its file system has no O_DIRECT: leave --direct away"
+        raise LaunchError(f"{before}{asked}: {_with_remedy(error, remedies)}") from None
+
+
+def _try_io_uring() -> None:
+    try:
+        Uring(1).close()
+    except OSError as error:
+        raise LaunchError(f"--aio io_uring: {error.strerror} ({IO_URING_REMEDY})") from None
+
+
+def _reach(path: str) -> ExternalDisk:
+    try:
+        return ExternalDisk(path, "block")
+    except BackEndError as error:
+        raise LaunchError(f"--block vhost-user:{error}") from None
 
 
 def _open_tap(asked: str, tracer: Tracer | None) -> Tap:
@@ -159,6 +245,29 @@ def _open_tap(asked: str, tracer: Tracer | None) -> Tap:
         as_root = "run as root, or leave --tunnet away for a network of the launcher's own"
         remedies = {errno.EACCES: as_root, errno.EPERM: as_root, errno.ENOENT: "modprobe tun"}
         raise LaunchError(f"{asked}: no TAP interface: {_with_remedy(error, remedies)}") from None
+
+
+def _existing_tap(name: str, tracer: Tracer | None) -> Tap:
+    try:
+        return Tap.existing(name, tracer)
+    except ValueError as error:
+        raise LaunchError(f"--tap {error}") from None
+    except OSError as error:
+        remedies = {
+            errno.ENODEV: f"ip tuntap add {name} mode tap makes it; --tunnet makes one of its own",
+            errno.EBUSY: "another process has it",
+            errno.EPERM: f"run as root, or: ip tuntap add {name} mode tap user {os.geteuid()}",
+            errno.EACCES: "run as root",
+            errno.ENOENT: "modprobe tun",
+        }
+        raise LaunchError(f"--tap {name}: {_with_remedy(error, remedies)}") from None
+
+
+def _open_pty(tracer: Tracer | None) -> Pty:
+    try:
+        return Pty(tracer)
+    except OSError as error:
+        raise LaunchError(f"--pty: {error.strerror}") from None
 
 
 def _configure(tap: Tap, asked: str, request: Callable[[Interfaces], None]) -> None:

@@ -5,11 +5,13 @@ from collections.abc import Callable
 
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.counters import QueueCounters
+from lguestlib.runtime.failure import describe, without_frames
 from lguestlib.runtime.gil import meeting_place
 from lguestlib.runtime.interrupt import EventfdInterrupt
 from lguestlib.runtime.kick import EventfdKick
 from lguestlib.runtime.queue_thread import QueueThread
 from lguestlib.runtime.trace import Tracer
+from lguestlib.runtime.transfer_thread import TransferThread
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.errors import VirtioError
 from lguestlib.virtio.layout import QueueLayout
@@ -99,7 +101,8 @@ class DeviceRunner:
         except VirtioError as error:
             self._fail(f"{self.device.name} {queue.name}", error)
             return
-        thread = QueueThread(
+        kind = TransferThread if queue.transfers else QueueThread
+        thread = kind(
             f"{self.device.name} {queue.name}", queue, ring, self.kicks[index], self.interrupt,
             self.counters[index], self._thread_failed, self._processor,
         )  # fmt: skip
@@ -120,13 +123,12 @@ class DeviceRunner:
         """The device stops working until the driver resets it (virtio 1.3, 2.1.2)."""
         if self.failure:
             return
-        self.failure = _without_frames(error)
+        self.failure = without_frames(error)
         for thread in list(self._threads.values()):
             thread.request_stop()
         self.transport.fail()
         self.interrupt.signal_config()
-        kind = "" if isinstance(error, (VirtioError, OSError)) else f"{type(error).__name__}: "
-        self._report(f"{where}: {kind}{error}; the device has stopped until it is reset")
+        self._report(f"{where}: {describe(error)}; the device has stopped until it is reset")
 
     def _config_changed(self, device: Device) -> None:
         if self.transport.status & Status.DRIVER_OK:
@@ -159,12 +161,3 @@ class DeviceRunner:
         for kick in self.kicks:
             kick.close()
         self.interrupt.close()
-
-
-def _without_frames(error: Exception) -> Exception:
-    """*error* without the frames it came through: they keep views of guest memory alive (Y4)."""
-    link: BaseException | None = error
-    while link is not None:
-        link.__traceback__ = None
-        link = link.__context__
-    return error

@@ -1,4 +1,4 @@
-"""The end of a thread that may be asleep in a system call."""
+"""Waking a thread that may be asleep in a system call, until it has done what it was told."""
 
 import threading
 from collections.abc import Callable
@@ -10,15 +10,21 @@ _RETRY_SECONDS_MAX = 0.02
 
 
 def end_thread(thread: threading.Thread, ask: Callable[[], None]) -> None:
-    """Return when *thread*, which has been told to end, has.
+    """Return when *thread*, which has been told to end, has; *ask* goes before each attempt to wake it."""
+    wake_thread(thread, ask, thread.join)
 
-    It is woken by a signal, repeated until it is gone, because one that comes
-    just before its system call is lost; *ask* goes before each.
+
+def wake_thread(thread: threading.Thread, ask: Callable[[], None], wait: Callable[[float], object]) -> None:
+    """Wake *thread* by a signal until *wait*, for some seconds at a time, returns true, or it has ended.
+
+    Again and again, because a signal that comes just before its system call is
+    lost; *ask* goes before each.
     """
     patience = _RETRY_SECONDS
     while thread.is_alive():
         ask()
         if thread.native_id is not None:
             interrupt_thread(thread.native_id)
-        thread.join(patience)
+        if wait(patience):
+            return
         patience = min(2 * patience, _RETRY_SECONDS_MAX)

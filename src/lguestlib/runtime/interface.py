@@ -4,12 +4,14 @@ What netlink does better is not needed here.  Interfaces are those of the
 calling thread's network namespace.
 """
 
+import errno
 import os
 import socket
 from typing import NamedTuple, Self
 
 from lguestlib.abi import bridge, netdevice
 from lguestlib.abi.ioctl import ioctl
+from lguestlib.abi.libc import failure
 
 
 class InterfaceAddress(NamedTuple):
@@ -30,13 +32,29 @@ class Interfaces:
 
     @staticmethod
     def _named(name: str) -> netdevice.ifreq:
-        return netdevice.ifreq(ifr_name=os.fsencode(name))
+        encoded = os.fsencode(name)
+        if len(encoded) >= netdevice.IFNAMSIZ:
+            # The kernel would cut it, and find another.
+            raise failure(errno.ENODEV, "interface", name)
+        return netdevice.ifreq(ifr_name=encoded)
 
     def index(self, name: str) -> int:
         """The interface's index."""
         request = self._named(name)
         self._request(netdevice.SIOCGIFINDEX, request, "SIOCGIFINDEX", name)
         return request.ifr_ifru.ifru_ivalue
+
+    def mtu(self, name: str) -> int:
+        """Bytes in a frame behind its Ethernet header, at most."""
+        request = self._named(name)
+        self._request(netdevice.SIOCGIFMTU, request, "SIOCGIFMTU", name)
+        return request.ifr_ifru.ifru_mtu
+
+    def set_mtu(self, name: str, mtu: int) -> None:
+        """Let the interface's frames be so long."""
+        request = self._named(name)
+        request.ifr_ifru.ifru_mtu = mtu
+        self._request(netdevice.SIOCSIFMTU, request, "SIOCSIFMTU", name)
 
     def set_address(self, name: str, address: InterfaceAddress) -> None:
         """Give the interface this IPv4 address and netmask."""

@@ -1,10 +1,12 @@
 """How a queue's thread interrupts the guest."""
 
 import os
+import select
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
-from lguestlib.abi.eventfd import SIGNAL, eventfd
+from lguestlib.abi.eventfd import BYTES, SIGNAL, eventfd
 from lguestlib.runtime.trace import Tracer
 
 
@@ -13,6 +15,9 @@ class Interrupt(Protocol):
 
     def signal(self) -> None:
         """Interrupt the guest."""
+
+    def unblock(self) -> None:
+        """Let a thread go on that sleeps in `signal` because whoever is interrupted takes no notice."""
 
 
 class EventfdInterrupt:
@@ -40,6 +45,61 @@ class EventfdInterrupt:
         """Interrupt for another reason than used buffers, which its caller has noted."""
         os.write(self.fd, SIGNAL)
 
+    def unblock(self) -> None:
+        unblock_eventfd(self.fd)
+
     def close(self) -> None:
         """Close the descriptor; no thread may still signal."""
         os.close(self.fd)
+
+
+class CallInterrupt:
+    """An interrupt through vhost-user's call descriptor *fd*, an eventfd, pipe or socket, which stays its owner's."""
+
+    def __init__(self, fd: int, tracer: Tracer | None = None) -> None:
+        self.fd = fd
+        self.tracer = tracer
+
+    def signal(self) -> None:
+        try:
+            if self.tracer is None:
+                os.write(self.fd, SIGNAL)
+            else:
+                self.tracer.traced("write", "interrupt", os.write, self.fd, SIGNAL)
+        except (BlockingIOError, ConnectionError):
+            # As many interrupts as there is room for are pending; or the front-end has just gone.
+            return
+
+    def unblock(self) -> None:
+        unblock_eventfd(self.fd)
+
+
+class NoInterrupt:
+    """For a driver that has said it will look by itself."""
+
+    def signal(self) -> None:
+        """Nothing to do."""
+
+    def unblock(self) -> None:
+        """Nothing sleeps."""
+
+
+def has_room(fd: int) -> bool:
+    """Whether a write of `SIGNAL` to *fd* would not sleep: an eventfd whose counter is full would make it."""
+    room = select.poll()
+    room.register(fd, select.POLLOUT)
+    return bool(room.poll(0))
+
+
+def unblock_eventfd(fd: int) -> None:
+    """Make room in the eventfd *fd* if its counter is full: who sleeps in a write to it goes on.
+
+    A signal there was stays one.
+    """
+    if has_room(fd):
+        return
+    # Not to sleep in turn if it has been read meanwhile (EAGAIN), or is a pipe (EBADF).
+    with suppress(OSError):
+        os.preadv(fd, [bytearray(BYTES)], -1, os.RWF_NOWAIT)
+        if has_room(fd):
+            os.write(fd, SIGNAL)

@@ -1,6 +1,7 @@
 """How a queue's thread is woken by the driver's notification."""
 
 import os
+import select
 from typing import Protocol
 
 from lguestlib.abi.eventfd import BYTES, SIGNAL, eventfd
@@ -9,6 +10,14 @@ from lguestlib.runtime.trace import Tracer
 
 class Kick(Protocol):
     """Wakes one sleeping thread."""
+
+    @property
+    def fd(self) -> int:
+        """The eventfd that `wait` reads."""
+
+    @property
+    def tracer(self) -> Tracer | None:
+        """Who records that call, or one that does as much."""
 
     def wait(self) -> int:
         """Sleep until kicked; return how many kicks came together, at least one."""
@@ -20,17 +29,27 @@ class Kick(Protocol):
 class EventfdKick:
     """A kick through an eventfd: KVM's ioeventfd, vhost-user's kick fd, LHREQ_EVENTFD.
 
-    It owns the descriptor *fd*, or makes one.
+    It owns the descriptor *fd*, or makes one.  One that does not block (QEMU's)
+    is slept on in poll(2) ahead of its read: whether it blocks is also the other
+    side's, which may read it itself.
     """
 
     def __init__(self, fd: int | None = None, tracer: Tracer | None = None) -> None:
         self.fd = eventfd() if fd is None else fd
         self.tracer = tracer
+        self._poll: select.poll | None = None
 
     def wait(self) -> int:
-        if self.tracer is None:
-            return int.from_bytes(os.read(self.fd, BYTES), "little")
-        return int.from_bytes(self.tracer.traced("read", "kick", os.read, self.fd, BYTES), "little")
+        while True:
+            try:
+                if self._poll:
+                    self._poll.poll()
+                if self.tracer is None:
+                    return int.from_bytes(os.read(self.fd, BYTES), "little")
+                return int.from_bytes(self.tracer.traced("read", "kick", os.read, self.fd, BYTES), "little")
+            except BlockingIOError:
+                self._poll = select.poll()
+                self._poll.register(self.fd, select.POLLIN)
 
     def signal(self) -> None:
         os.write(self.fd, SIGNAL)

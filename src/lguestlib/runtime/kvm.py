@@ -17,8 +17,8 @@ from lguestlib.abi.ioctl import ioctl
 from lguestlib.abi.virtio_mmio import VIRTIO_MMIO_QUEUE_NOTIFY
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
-from lguestlib.runtime.device_runner import DeviceRunner
 from lguestlib.runtime.machine import Crash, Machine, Outcome, PowerOff, Reboot, Stopped
+from lguestlib.runtime.runner import Runner
 from lguestlib.runtime.trace import Tracer
 
 DEVICE = "/dev/kvm"
@@ -149,7 +149,7 @@ class KvmMachine(Machine):
         registers = abi.kvm_regs(rip=entry, rsi=parameters, rflags=2)
         ioctl(self._vcpu, abi.KVM_SET_REGS, registers, "KVM_SET_REGS")
 
-    def _attach(self, runner: DeviceRunner, slot: int) -> None:
+    def _attach(self, runner: Runner, slot: int) -> None:
         for index, kick in enumerate(runner.kicks):
             doorbell = abi.kvm_ioeventfd(
                 datamatch=index, addr=self.address_of(slot) + VIRTIO_MMIO_QUEUE_NOTIFY, len=4, fd=kick.fd,

@@ -7,24 +7,35 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Self
 
+from lguestlib.abi.virtio_ids import VIRTIO_ID_BLOCK
+from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.memory.image.image import ImageError
+from lguestlib.memory.region import Region
 from lguestlib.runtime.attachments import Attachment, ConsoleAttachment, Say, attach
 from lguestlib.runtime.backend.terminal import Terminal
+from lguestlib.runtime.boot import Boot
 from lguestlib.runtime.errors import LaunchError
+from lguestlib.runtime.initramfs.archive import make_initramfs
 from lguestlib.runtime.inprocess.machine import InprocessMachine
 from lguestlib.runtime.inprocess.shell import shell
 from lguestlib.runtime.kvm import KvmMachine, KvmUnusable, open_kvm
 from lguestlib.runtime.kernel import load_kernel
 from lguestlib.runtime.machine import DEVICES_AT, DEVICES_MAX, Machine, Outcome, Reboot, Stopped
-from lguestlib.runtime.options import MEBIBYTE, HypervisorName, MachineOptions
+from lguestlib.runtime.options import MEBIBYTE, HypervisorName, MachineOptions, VhostUserDisk
 from lguestlib.runtime.trace import Tracer
+from lguestlib.runtime.uml.kernel import UmlKernel
+from lguestlib.runtime.uml.machine import UmlMachine
+from lguestlib.virtio.device import Device
 from lguestlib.virtio.devices.console import Console
 
 SWITCH_INTERVAL = 10e-6
 """Seconds a queue's thread waits for the GIL before it asks for it: the default is 5 ms."""
 
 MEMORY_MIN = 4 * MEBIBYTE
+
+UML_MEMORY_MIN = 48 * MEBIBYTE
+"""Less, and the kernel does not come to its first file system."""
 
 
 class Launcher:
@@ -43,13 +54,14 @@ class Launcher:
         self.hypervisor = choose_hypervisor(options, self._notes.append)
         self._say = say
         self._tracer = tracer
-        self._machine: Machine | None = None
+        self._machine: Boot | None = None
         self._console: Console | None = None
         self._stopping = False
         # Held by whoever looks at the machine while another thread may be about to close it.
         self._lock = threading.Lock()
-        _check_memory(options.memory)
-        _check_bus(len(options.devices) + 1)
+        _check_memory(options.memory, self.hypervisor)
+        if self.hypervisor != "uml":
+            _check_bus(len(options.devices) + 1)
         self._attachments: list[Attachment] = []
         with ExitStack() as opened:
             for option in options.devices:
@@ -59,7 +71,7 @@ class Launcher:
             self._attachments.append(ConsoleAttachment(terminal))
             self._opened = opened.pop_all()
 
-    def run(self, booted: Callable[[Machine], None] = lambda machine: None) -> Outcome:
+    def run(self, booted: Callable[[Boot], None] = lambda machine: None) -> Outcome:
         """Boot, and boot again as often as the guest wants; return how it ended.
 
         *booted* is told of each machine before its guest starts.  Raises LaunchError.
@@ -76,7 +88,7 @@ class Launcher:
         finally:
             sys.setswitchinterval(interval)
 
-    def _boot(self, machine: Machine, booted: Callable[[Machine], None]) -> Outcome:
+    def _boot(self, machine: Boot, booted: Callable[[Boot], None]) -> Outcome:
         for note in self._notes:
             self._say(note)
         self._notes.clear()
@@ -119,10 +131,12 @@ class Launcher:
     def __exit__(self, *details: object) -> None:
         self.close()
 
-    def _build(self) -> Machine:
+    def _build(self) -> Boot:
         """A machine with fresh memory and devices, ready to start."""
+        if self.hypervisor == "uml":
+            return self._user_mode_linux()
         try:
-            memory = GuestMemory.anonymous(self.options.memory)
+            memory = self._memory()
         except OSError as error:
             raise LaunchError(f"--memory {self.options.memory // MEBIBYTE}: {error.strerror}") from None
         try:
@@ -131,7 +145,7 @@ class Launcher:
             memory.close()
             raise
         try:
-            self._add_devices(machine)
+            self._add_devices(machine.add)
             if isinstance(machine, KvmMachine):
                 words = [*machine.device_parameters(), *self._words()]
                 load_kernel(machine, self.options.kernel, self.options.initrd, " ".join(words))
@@ -143,6 +157,27 @@ class Launcher:
             raise
         return machine
 
+    def _user_mode_linux(self) -> UmlMachine:
+        kernel = UmlKernel.find(self.options.kernel)
+        machine = UmlMachine(kernel, self.options.memory, self._say, self._tracer)
+        try:
+            self._add_devices(machine.add)
+            if self.options.initrd is not None:
+                machine.boot(self.options.initrd, self.options.arguments)
+                return machine
+            devices = [server.device for server in machine.runners]
+            archive = make_initramfs(kernel.drivers(devices, self._notes.append), self.options.script)
+            machine.boot(archive.pack(), [*self._device_words(), *self.options.arguments])
+            return machine
+        except BaseException:
+            machine.close()
+            raise
+
+    def _memory(self) -> GuestMemory:
+        if any(attachment.shares_memory for attachment in self._attachments):
+            return GuestMemory([Region.memfd(GuestAddress(0), self.options.memory)])
+        return GuestMemory.anonymous(self.options.memory)
+
     def _on(self, memory: GuestMemory) -> Machine:
         if self.hypervisor == "inprocess":
             return InprocessMachine(memory, shell(" ".join(self._words())), self._say, self._tracer)
@@ -151,12 +186,12 @@ class Launcher:
         except KvmUnusable as error:
             raise LaunchError(f"kvm: {error}") from None
 
-    def _add_devices(self, machine: Machine) -> None:
-        counts: dict[type[Attachment], int] = {}
+    def _add_devices(self, add: Callable[[Device], object]) -> None:
+        counts: dict[str, int] = {}
         for attachment in self._attachments:
-            number = counts[type(attachment)] = counts.get(type(attachment), -1) + 1
+            number = counts[attachment.kind] = counts.get(attachment.kind, -1) + 1
             device = attachment.device(number)
-            machine.add(device)
+            add(device)
             if isinstance(device, Console):
                 self._console = device
 
@@ -164,8 +199,11 @@ class Launcher:
         """The command line, without the devices: a kernel of the user's is told nothing else."""
         if self.options.kernel is not None:
             return list(self.options.arguments)
-        words = [word for attachment in self._attachments for word in attachment.guest_parameters()]
-        return [*words, *self.options.arguments]
+        return [*self._device_words(), *self.options.arguments]
+
+    def _device_words(self) -> list[str]:
+        """What a guest that is ours is told of its devices."""
+        return [word for attachment in self._attachments for word in attachment.guest_parameters()]
 
 
 def choose_hypervisor(options: MachineOptions, say: Say) -> HypervisorName:
@@ -173,10 +211,19 @@ def choose_hypervisor(options: MachineOptions, say: Say) -> HypervisorName:
 
     Raises LaunchError where the one asked for cannot be used, or not for that guest.
     """
+    if options.hypervisor == "uml":
+        for device in options.devices:
+            if isinstance(device, VhostUserDisk):
+                raise LaunchError(
+                    f"--block vhost-user:{device.path}: User-mode Linux reaches it without us"
+                    f" (--append virtio_uml.device={device.path}:{VIRTIO_ID_BLOCK})"
+                )
+        UmlKernel.find(options.kernel)
+        return "uml"
     if options.hypervisor == "inprocess":
         if options.kernel is not None:
             raise LaunchError(
-                f"--hypervisor inprocess: it cannot run {options.kernel} (leave the kernel away, or use kvm)"
+                f"--hypervisor inprocess: it cannot run {options.kernel} (leave the kernel away, or use kvm or uml)"
             )
         return "inprocess"
     try:
@@ -191,11 +238,12 @@ def choose_hypervisor(options: MachineOptions, say: Say) -> HypervisorName:
     return "kvm"
 
 
-def _check_memory(size: int) -> None:
+def _check_memory(size: int, hypervisor: HypervisorName) -> None:
     given = f"--memory {size // MEBIBYTE}"
-    if size < MEMORY_MIN:
-        raise LaunchError(f"{given}: at least {MEMORY_MIN // MEBIBYTE} MiB are needed")
-    if size > DEVICES_AT:
+    least = UML_MEMORY_MIN if hypervisor == "uml" else MEMORY_MIN
+    if size < least:
+        raise LaunchError(f"{given}: at least {least // MEBIBYTE} MiB are needed")
+    if size > DEVICES_AT and hypervisor != "uml":
         raise LaunchError(f"{given}: at most {DEVICES_AT // MEBIBYTE} MiB fit below the devices")
     held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > held:

@@ -18,7 +18,9 @@ from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.device_runner import DeviceRunner
 from lguestlib.runtime.ending import end_thread
+from lguestlib.runtime.runner import Runner
 from lguestlib.runtime.trace import Tracer
+from lguestlib.runtime.vhost_user.external import ExternalDevice, ExternalDeviceRunner
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.mmio import REGION_SIZE
 
@@ -68,17 +70,20 @@ class Machine(ABC):
         self.memory = memory
         self.report = report
         self.tracer = tracer
-        self.runners: list[DeviceRunner] = []
+        self.runners: list[Runner] = []
         self._outcome: Outcome | None = None
         self._ended = eventfd()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="guest", daemon=True)
 
-    def add(self, device: Device) -> DeviceRunner:
-        """Put *device* on the bus, behind those before it.  Raises ValueError if the bus is full."""
+    def add(self, device: Device) -> Runner:
+        """Put *device* on the bus, behind those before it.
+
+        Raises ValueError if the bus is full, or *memory* cannot be shared as the device needs.
+        """
         if len(self.runners) == DEVICES_MAX:
             raise ValueError(f"{device.name}: the bus has no room for more than {DEVICES_MAX} devices")
-        runner = DeviceRunner(device, self.memory, self.report, self.tracer, self._interrupt_fd())
+        runner = self._runner(device)
         try:
             self._attach(runner, len(self.runners))
         except BaseException:
@@ -87,11 +92,18 @@ class Machine(ABC):
         self.runners.append(runner)
         return runner
 
+    def _runner(self, device: Device) -> Runner:
+        if isinstance(device, ExternalDevice):
+            return ExternalDeviceRunner(
+                device, self.memory, self.report, lambda: self._stopping, self._interrupt_fd()
+            )
+        return DeviceRunner(device, self.memory, self.report, self.tracer, self._interrupt_fd())
+
     def address_of(self, slot: int) -> GuestAddress:
         """The guest-physical address of the registers of the device in *slot*."""
         return GuestAddress(DEVICES_AT + slot * REGION_SIZE)
 
-    def access(self, address: int) -> tuple[DeviceRunner, int] | None:
+    def access(self, address: int) -> tuple[Runner, int] | None:
         """The device whose registers hold guest-physical *address*, and the offset into them."""
         slot, offset = divmod(address - DEVICES_AT, REGION_SIZE)
         return (self.runners[slot], offset) if 0 <= slot < len(self.runners) else None
@@ -101,7 +113,7 @@ class Machine(ABC):
         return None
 
     @abstractmethod
-    def _attach(self, runner: DeviceRunner, slot: int) -> None:
+    def _attach(self, runner: Runner, slot: int) -> None:
         """Connect the device's kicks and interrupt with the guest."""
 
     @abstractmethod

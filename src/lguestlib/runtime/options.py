@@ -9,15 +9,34 @@ MEBIBYTE = 1 << 20
 MEMORY = 64 * MEBIBYTE
 SCRATCH_SIZE = 1 * MEBIBYTE
 
-HypervisorName = Literal["auto", "kvm", "inprocess"]
+UML_MEMORY = 256 * MEBIBYTE
+
+HypervisorName = Literal["auto", "kvm", "inprocess", "uml"]
+AioName = Literal["sync", "io_uring"]
 
 
 @dataclass(frozen=True)
 class DiskImage:
-    """A disk in the file, or block device, at *path*."""
+    """A disk in the file, or block device, at *path*, with so many *queues*.
+
+    *asked*: what the user puts before the path, and behind it for a read-only one.
+    *aio*: whether a queue does one request after the other, or many at a time.
+    *direct*: past the page cache.
+    """
 
     path: str
     read_only: bool = False
+    queues: int = 1
+    asked: tuple[str, str] = ("--block ", ",readonly")
+    aio: AioName = "sync"
+    direct: bool = False
+
+
+@dataclass(frozen=True)
+class VhostUserDisk:
+    """The disk of the vhost-user back-end that listens at *path*."""
+
+    path: str
 
 
 @dataclass(frozen=True)
@@ -44,6 +63,14 @@ class BridgedNetwork:
 
 
 @dataclass(frozen=True)
+class NamedTap:
+    """The TAP interface of the host that has this *name* already; *mac* is the guest's."""
+
+    name: str
+    mac: bytes | None = None
+
+
+@dataclass(frozen=True)
 class PrivateNetwork:
     """A TAP interface with *address* in a network namespace of the launcher's own.
 
@@ -58,7 +85,20 @@ class Randomness:
     """An entropy device."""
 
 
-DeviceOption = DiskImage | ScratchDisk | HostNetwork | BridgedNetwork | PrivateNetwork | Randomness
+@dataclass(frozen=True)
+class TerminalConsole:
+    """A console on this process's terminal."""
+
+
+@dataclass(frozen=True)
+class PtyConsole:
+    """A console on a new pseudo-terminal."""
+
+
+DeviceOption = (
+    DiskImage | VhostUserDisk | ScratchDisk | HostNetwork | BridgedNetwork | PrivateNetwork | NamedTap | Randomness
+    | TerminalConsole | PtyConsole
+)  # fmt: skip
 
 DEFAULT_NETWORK = PrivateNetwork(InterfaceAddress(bytes([192, 168, 19, 1]), 24))
 DEFAULT_DEVICES: tuple[DeviceOption, ...] = (DEFAULT_NETWORK, ScratchDisk(), Randomness())
@@ -68,8 +108,9 @@ DEFAULT_DEVICES: tuple[DeviceOption, ...] = (DEFAULT_NETWORK, ScratchDisk(), Ran
 class MachineOptions:
     """A machine to launch: *memory* in bytes, *devices* in bus order, the console behind them.
 
-    Without *kernel*, a path, the built-in guest runs; *arguments* are words of
-    the guest's command line.
+    Without *kernel*, a path, the built-in guest runs, or the distribution's
+    User-mode Linux; *arguments* are words of the guest's command line.  User-mode
+    Linux without *initrd* has a shell, which is *script*'s if that is not None.
     """
 
     hypervisor: HypervisorName = "auto"
@@ -77,4 +118,5 @@ class MachineOptions:
     devices: tuple[DeviceOption, ...] = DEFAULT_DEVICES
     kernel: str | None = None
     initrd: str | None = None
+    script: bytes | None = None
     arguments: tuple[str, ...] = ()

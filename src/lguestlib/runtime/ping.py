@@ -5,15 +5,16 @@ import re
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address
 
 from lguestlib.runtime.attachments import Say
 from lguestlib.runtime.backend.script import PROMPT
 from lguestlib.runtime.backend.terminal import Terminal
+from lguestlib.runtime.boot import Boot
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.launcher import Launcher
-from lguestlib.runtime.machine import Crash, Machine
+from lguestlib.runtime.machine import Crash
 from lguestlib.runtime.options import HostNetwork, MachineOptions, PrivateNetwork
 from lguestlib.runtime.trace import Call, OpenCall, Tracer
 
@@ -24,6 +25,25 @@ BATCH = 500
 """Pings asked for in one command, so that the console is silent in between."""
 
 _REPLY = re.compile(rb"^(?:reply from \S+: \d+ bytes, (\d+\.\d+) us|no answer from \S+)\r?$", re.MULTILINE)
+
+LINUX_SCRIPT = rb"""
+ping() {
+    busybox ping -A -W 1 -c ${2:-1} $1 | awk -F '[ =]' -v host=$1 -v count=${2:-1} '
+        $9 == "time" { trip[$6] = $10 * 1000 }
+        END {
+            for (i = 0; i < count; i++)
+                if (i in trip) printf "reply from %s: 56 bytes, %.1f us\n", host, trip[i]
+                else printf "no answer from %s\n", host
+        }'
+}
+off() { exit 0; }
+exec </proc/1/fd/1
+stty -echo
+while printf '\n> '; read -r line; do
+    eval "$line"
+done
+"""
+"""For a shell in a Linux guest: to understand and answer what is said here as the built-in guest does."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +81,8 @@ def run_pings(
     *tracer* gets all calls of all queue threads; *progress* is told how many
     pings are done.  Raises LaunchError.
     """
+    if options.hypervisor == "uml":
+        options = replace(options, script=LINUX_SCRIPT)
     with (
         _Talk(_gateway(options), count, tracer, progress) as talk,
         Launcher(options, talk.terminal, say, tracer) as launcher,
@@ -99,7 +121,7 @@ class _Talk:
         self.terminal = Terminal(self._guest_input, self._guest_output, lambda: None, lambda error: None, tracer)
         self._thread = threading.Thread(target=self._run, name="talk", daemon=True)
 
-    def start(self, machine: Machine) -> None:
+    def start(self, machine: Boot) -> None:
         """Begin to talk to the guest, which is about to start."""
         self._thread.start()
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 from lguestlib.abi import kvm
 from lguestlib.runtime.backend.tap import DEVICE as TUN_DEVICE
 from lguestlib.runtime.backend.tap import Tap
+from lguestlib.runtime.backend.uring import IO_URING_REMEDY, Uring
 from lguestlib.runtime.gil import gil_enabled
 from lguestlib.runtime.kvm import DEVICE as KVM_DEVICE
 from lguestlib.runtime.kvm import KvmUnusable, capability, open_kvm
@@ -48,6 +49,7 @@ def probe() -> list[Finding]:
         _lguest(),
         _tun(),
         _private_network(),
+        _io_uring(),
         _program("user-mode-linux", ("linux", "linux.uml"), "user-mode-linux"),
         _program("qemu", (f"qemu-system-{_qemu_machine()}",), f"qemu-system-{_qemu_package()}"),
         _program("qemu-storage-daemon", ("qemu-storage-daemon",), "qemu-system-common"),
@@ -125,6 +127,14 @@ def _private_network() -> Finding:
         " kernel.unprivileged_userns_clone; without, a host inside the process answers the guest's pings"
     )
     return Finding("private network", False, detail, remedy)
+
+
+def _io_uring() -> Finding:
+    try:
+        Uring(1).close()
+    except OSError as error:
+        return Finding("io_uring", False, str(error.strerror), IO_URING_REMEDY)
+    return Finding("io_uring", True, "for serve blk --aio io_uring")
 
 
 def _program(name: str, commands: tuple[str, ...], package: str) -> Finding:

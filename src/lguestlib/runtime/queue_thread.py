@@ -2,20 +2,34 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import NamedTuple
 
 from lguestlib.abi.prctl import name_thread
 from lguestlib.abi.signals import install_interrupt_handler
 from lguestlib.runtime.counters import QueueCounters
-from lguestlib.runtime.ending import end_thread
+from lguestlib.runtime.ending import end_thread, wake_thread
 from lguestlib.runtime.interrupt import Interrupt
 from lguestlib.runtime.kick import Kick
+from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Queue, SourceEnded
+from lguestlib.virtio.layout import RingIndex
 from lguestlib.virtio.split_device import SplitDeviceQueue
 
 AT_ONCE = 8
 """Chains taken, served and returned before the driver is told, while more wait: cheaper than each, and steadier."""
+
+MERGED_AT_ONCE = 16
+"""Chains taken at a time until there is room enough for merging."""
+
+
+class QueueEnds(NamedTuple):
+    """What a queue's thread works on: its ring, and its ways to be woken and to interrupt."""
+
+    ring: SplitDeviceQueue
+    kick: Kick
+    interrupt: Interrupt
 
 
 class QueueThread:
@@ -46,9 +60,15 @@ class QueueThread:
         self._interrupt = interrupt
         self._on_failure = on_failure
         self._processor = processor
-        self._stopping = self._finishing = False
+        # Attention: to stop, or to make the change.
+        self._attention = self._stopping = self._finishing = False
+        self._change: tuple[Callable[[QueueEnds], QueueEnds], threading.Event] | None = None
         # A received packet is told of before the next one is waited for.
         self._at_once = 1 if queue.from_outside else AT_ONCE
+        self._merging = queue.merging
+        self._room = queue.merging.room if queue.merging else 0
+        # Popped for merging, and none of them begun.
+        self._held: list[Chain] = []
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -58,7 +78,7 @@ class QueueThread:
 
     def request_stop(self) -> None:
         """Ask the thread to stop and return at once.  Any thread may, this one included."""
-        self._stopping = True
+        self._stopping = self._attention = True
         self._kick.signal()
 
     def request_finish(self) -> None:
@@ -71,15 +91,35 @@ class QueueThread:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def stop(self) -> None:
-        """Stop the thread and return when it has let go of the ring.
+    def stop(self) -> RingIndex:
+        """Stop the thread; return when it has let go of the ring, with the avail index to go on from.
 
         What it has begun is finished and returned to the driver; what it has not
         goes back to the available ring.
         """
         self.request_stop()
-        end_thread(self._thread, lambda: None)
+        end_thread(self._thread, self._unblock)
+        next_available = self._ring.next_available
         self._ring.release()
+        return next_available
+
+    def exchange(self, change: Callable[[QueueEnds], QueueEnds]) -> bool:
+        """Let *change*, on the queue's thread and between two chains, tell what to go on with (T10, T12).
+
+        True when the thread no longer uses what was changed, and has released the
+        ring if it was; False when it has ended without, and `stop` has to let go of
+        everything: it was to stop, or failed, of what *change* raised perhaps.
+        One thread at a time may call this.
+        """
+        changed = threading.Event()
+        self._change = change, changed
+        self._attention = True
+        self._kick.signal()
+        wake_thread(self._thread, self._unblock, changed.wait)
+        return changed.is_set()
+
+    def _unblock(self) -> None:
+        self._interrupt.unblock()
 
     def _run(self) -> None:
         name_thread(self.name)
@@ -87,27 +127,57 @@ class QueueThread:
             if self._processor is not None:
                 with suppress(OSError):
                     os.sched_setaffinity(0, [self._processor])
-            self._serve()
+            try:
+                while not self._stopping:
+                    self._make_change()
+                    if self._serve():
+                        break
+            finally:
+                self._put_back_held()
         except Exception as error:
             self.counters.errors += 1
             self._on_failure(self, error)
 
-    def _serve(self) -> None:
+    def _make_change(self) -> None:
+        """Go on with other ends, if that was asked for."""
+        # Before the look: what is asked for after it finds the thread attentive again.
+        self._attention = False
+        if self._stopping:
+            self._attention = True
+        wanted, self._change = self._change, None
+        if wanted is None:
+            return
+        change, changed = wanted
+        self._put_back_held()
+        before = QueueEnds(self._ring, self._kick, self._interrupt)
+        self._ring, self._kick, self._interrupt = change(before)
+        if self._ring is not before.ring:
+            before.ring.release()
+        changed.set()
+        if self._interrupt is not before.interrupt:
+            # What went to the one before may not have been heard: a spurious one is safe (T10).
+            self._interrupt.signal()
+            self.counters.interrupts += 1
+
+    def _serve(self) -> bool:
+        """Serve until there is something else to see to, or until all is served when that is the end."""
         ring, kick, counters = self._ring, self._kick, self.counters
+        serve_available = self.serve_merging if self._room else self.serve_available
         ring.disable_notifications()
         # What was returned before this thread began may never have been told of (T8, S24).
         self._signal(0)
-        while not self._stopping:
-            if self.serve_available() or ring.enable_notifications():
+        while not self._attention:
+            if serve_available() or ring.enable_notifications():
                 continue
             if self._finishing:
-                return
+                return True
             kicks = kick.wait()
-            if self._stopping or self._finishing:
+            if self._attention or self._finishing:
                 continue
             counters.kicks += kicks
             counters.wakeups += 1
             ring.disable_notifications()
+        return False
 
     def serve_available(self) -> bool:
         """Serve the next chains, a few at most, on the calling thread; False if there were none.
@@ -123,7 +193,7 @@ class QueueThread:
         source_ended = False
         try:
             for chain in chains:
-                if self._stopping:
+                if self._attention:
                     break
                 chain.written = written = service(chain)
                 moved += chain.readable_length + written
@@ -136,14 +206,46 @@ class QueueThread:
             if served < len(chains):
                 ring.put_back(chains[served:])
                 chains = chains[:served]
-            ring.push_many(chains)
-            self._signal(served)
-            counters = self.counters
-            counters.chains += served
-            counters.bytes += moved
+            self._return(chains, moved)
         if source_ended:
             self._rest()
         return True
+
+    def serve_merging(self) -> bool:
+        """As `serve_available`, with one piece of work over as many chains as it takes.
+
+        Chains that it does not take are kept for the next one.
+        """
+        assert self._merging is not None
+        held = self._held
+        room = sum(chain.writable_length for chain in held)
+        while room < self._room and (chains := self._ring.pop_many(MERGED_AT_ONCE)):
+            held += chains
+            room += sum(chain.writable_length for chain in chains)
+        if not held:
+            return False
+        try:
+            taken = 0 if self._attention else self._merging.serve(held)
+        except InterruptedError:
+            return True
+        except SourceEnded:
+            self._rest()
+            return True
+        chains, self._held = held[:taken], held[taken:]
+        self._return(chains, sum(chain.readable_length + chain.written for chain in chains))
+        return True
+
+    def _put_back_held(self) -> None:
+        held, self._held = self._held, []
+        self._ring.put_back(held)
+
+    def _return(self, chains: Sequence[Chain], moved: int) -> None:
+        """Return *chains*, in which *moved* bytes went to or fro, to the driver, and tell it."""
+        self._ring.push_many(chains)
+        self._signal(len(chains))
+        counters = self.counters
+        counters.chains += len(chains)
+        counters.bytes += moved
 
     def _signal(self, returned: int) -> None:
         """Interrupt the guest if it wants to be told of the chains that were *returned* to it."""
@@ -154,6 +256,6 @@ class QueueThread:
             self.counters.suppressed += 1
 
     def _rest(self) -> None:
-        """Nothing more will come from outside: sleep until stopped."""
-        while not self._stopping:
+        """Nothing more will come from outside: sleep until there is something else to see to."""
+        while not self._attention:
             self._kick.wait()

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from lguestlib.runtime.attachments import Say
 from lguestlib.runtime.backend.script import Script, typed_ahead
 from lguestlib.runtime.backend.terminal import Terminal
+from lguestlib.runtime.boot import Boot
 from lguestlib.runtime.counters import QueueCounters
-from lguestlib.runtime.device_runner import DeviceRunner
 from lguestlib.runtime.launcher import Launcher
-from lguestlib.runtime.machine import Machine, Outcome
+from lguestlib.runtime.machine import Outcome
 from lguestlib.runtime.options import MachineOptions
+from lguestlib.runtime.runner import Served
 from lguestlib.runtime.trace import Tracer
 
 INPUT, OUTPUT = 0, 1
@@ -63,7 +64,7 @@ class Session:
         self._signal = 0
         self._hangup = ""
         self._stop: Callable[[], None] = lambda: None
-        self._runners: tuple[DeviceRunner, ...] = ()
+        self._runners: tuple[Served, ...] = ()
         self._signals = {number for number in ENDING if signal.getsignal(number) != signal.SIG_IGN}
         self._signals |= {signal.SIGWINCH, signal.SIGCONT}
 
@@ -83,14 +84,14 @@ class Session:
     def _console(self) -> Iterator[Terminal]:
         if self._commands is None:
             yield Terminal(INPUT, OUTPUT, self._escaped, self._hung_up, self._tracer)
-        elif self._options.kernel is None:
+        elif self._options.kernel is None and self._options.hypervisor != "uml":
             with Script(self._commands, OUTPUT, self._hung_up, self._tracer) as script:
                 yield script
         else:
             with typed_ahead(self._commands) as fd:
                 yield Terminal(fd, OUTPUT, self._escaped, self._hung_up, self._tracer)
 
-    def _booted(self, machine: Machine) -> None:
+    def _booted(self, machine: Boot) -> None:
         self._runners = tuple(machine.runners)
 
     def _counters(self) -> Iterator[tuple[str, QueueCounters]]:

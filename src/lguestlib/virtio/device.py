@@ -8,9 +8,11 @@ one chain at a time, and one queue's calls never overlap.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.features import Feature
+from lguestlib.virtio.transfer import Transfers
 
 Service = Callable[[Chain], int]
 """Do what a chain asks and return the bytes written, from its writable part's start.
@@ -29,18 +31,39 @@ class SourceEnded(Exception):
     """A queue's work comes from outside and no more will: the chain goes back, the queue rests."""
 
 
+class Merging(Protocol):
+    """Work that may take several chains at once, such as a packet received into merged buffers."""
+
+    @property
+    def room(self) -> int:
+        """Device-writable bytes to have at hand before each piece of work; 0 where chains go one by one.
+
+        Asked when the queue starts.
+        """
+
+    def serve(self, chains: Sequence[Chain]) -> int:
+        """Do one piece of work with *chains*, from the first on, and return how many it took, at least one.
+
+        The `written` of those is set.  May raise what a `Service` may.
+        """
+
+
 @dataclass(frozen=True)
 class Queue:
     """One virtqueue of a device: its *name*, its *service* function, the most descriptors.
 
     With *from_outside* the service blocks until the outside has something, and
-    the driver is told of each chain before the next call.
+    the driver is told of each chain before the next call.  *merging*, where it
+    has room, serves instead of *service*; and so do *transfers*, where they are
+    given: many chains are then in hand at a time.
     """
 
     name: str
     service: Service
     size: int = QUEUE_SIZE
     from_outside: bool = False
+    merging: Merging | None = None
+    transfers: Transfers | None = None
 
 
 def _nobody(device: "Device") -> None:
@@ -55,6 +78,8 @@ class Device(ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.withheld = 0
+        """Feature bits that are not offered although the device has them."""
         self.on_config_change: Callable[[Device], None] = _nobody
         """Called by the device after its config space changed; set by its transport's owner."""
 
@@ -62,6 +87,11 @@ class Device(ABC):
     def features(self) -> int:
         """The feature bits of this device type that are offered, without `RING_FEATURES`."""
         return 0
+
+    @property
+    def offered(self) -> int:
+        """The feature bits a driver is offered, the ring's included."""
+        return (self.features | int(RING_FEATURES)) & ~self.withheld
 
     def config(self) -> bytes:
         """The device configuration space as it is now (virtio 1.3, 2.5)."""

@@ -164,3 +164,21 @@ class UsedIndexError(QueueError):
     index: int
     last: int
     reason: ClassVar[str] = "used index runs ahead of what is in flight"
+
+
+@dataclass(eq=False)
+class InflightRecordError(QueueError):
+    """A field of the inflight record that no device leaves so (vhost-user, "Inflight I/O tracking"; T17)."""
+
+    field: str
+    value: int
+    reason: ClassVar[str] = "impossible inflight record"
+
+
+@dataclass(eq=False)
+class DirtyLogTooSmall(QueueError):
+    """A dirty log without bits for all that the device may write (vhost-user, "Migration"; T16)."""
+
+    address: int
+    length: int
+    reason: ClassVar[str] = "outside the dirty log"

@@ -11,7 +11,7 @@ from functools import partial
 
 from lguestlib.abi import virtio_mmio as abi
 from lguestlib.memory.address import GuestAddress
-from lguestlib.virtio.device import RING_FEATURES, Device
+from lguestlib.virtio.device import Device
 from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import QueueLayout
 from lguestlib.virtio.status import Status, advance
@@ -67,11 +67,18 @@ class _QueueRegisters:
 
 
 class MmioTransport:
-    """The registers of *device*."""
+    """The registers of *device*.
 
-    def __init__(self, device: Device) -> None:
+    Where those who return used buffers *note* them by `used_buffer`, InterruptStatus
+    tells which interrupts are for that.  Where another process serves the queues
+    nobody does: then it tells of used buffers as long as the driver is live, and
+    some notifications are spurious, which drivers handle (virtio 1.3, 2.7.7.1).
+    """
+
+    def __init__(self, device: Device, note: bool = True) -> None:
         self.device = device
-        self.offered = int(device.features | RING_FEATURES)
+        self._noted = note
+        self.offered = device.offered
         self.refused = 0
         """Accesses the specification does not allow, all of them ignored."""
         self._maxima = [queue.size for queue in device.queues()]
@@ -119,7 +126,6 @@ class MmioTransport:
 
     def config_changed(self) -> None:
         """The config space has changed and the driver is about to be interrupted."""
-        self._config = self.device.config()
         self._generation = self._generation + 1 & 0xFFFF_FFFF
         self._config_pending = True
 
@@ -299,7 +305,8 @@ class MmioTransport:
         return None
 
     def _interrupt_status(self) -> int:
-        used = abi.VIRTIO_MMIO_INT_VRING if self._used_pending else 0
+        pending = self._used_pending or (not self._noted and bool(self._status & Status.DRIVER_OK))
+        used = abi.VIRTIO_MMIO_INT_VRING if pending else 0
         return used | (abi.VIRTIO_MMIO_INT_CONFIG if self._config_pending else 0)
 
     def _acknowledge(self, value: int) -> None:

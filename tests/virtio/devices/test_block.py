@@ -10,7 +10,7 @@ import pytest
 from virtio.devices.chains import UNTOUCHED, Request, all_cuts, only_its_own
 
 from lguestlib.abi import virtio_blk as abi
-from lguestlib.virtio.devices.block import SECTOR, SEGMENT_SECTORS_MAX, SEGMENTS_MAX, Block
+from lguestlib.virtio.devices.block import NUM_QUEUES_MAX, SECTOR, SEGMENT_SECTORS_MAX, SEGMENTS_MAX, Block
 
 SECTORS = 8
 SIZE = SECTORS * SECTOR
@@ -28,6 +28,7 @@ class Disk:
     def __init__(self, read_only: bool = False, most: int = SIZE) -> None:
         self.content = bytearray(Random(1).randbytes(SIZE))
         self.size = SIZE
+        self.block_size = SECTOR
         self.read_only = read_only
         self.identity = b"a disk of many letters"
         self.most = most
@@ -124,6 +125,41 @@ def test_there_is_one_queue_for_requests() -> None:
     [queue] = device.queues()
     assert queue.service == device.serve_request and not queue.from_outside
     assert SEGMENTS_MAX <= queue.size - 2
+
+
+@pytest.mark.parametrize("count", [2, 5, NUM_QUEUES_MAX])
+def test_or_as_many_as_it_was_made_with_and_the_driver_is_told(count: int) -> None:
+    device = Block(Disk(), num_queues=count)
+    assert device.features == Block(Disk()).features | 1 << abi.VIRTIO_BLK_F_MQ and only_its_own(device)
+    assert abi.virtio_blk_config.from_buffer_copy(device.config()).num_queues == count
+    queues = device.queues()
+    assert [queue.name for queue in queues] == [f"queue{index}" for index in range(count)]
+    assert {queue.service for queue in queues} == {device.serve_request}
+
+
+@pytest.mark.parametrize("count", [-1, 0, NUM_QUEUES_MAX + 1])
+def test_a_number_of_queues_that_there_cannot_be_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=f"block 2: {count} queues .1 to 256"):
+        Block(Disk(), "block 2", count)
+
+
+def test_a_disk_that_has_changed_its_size_is_told_of_once_and_served_as_it_is() -> None:
+    disk = Disk()
+    device = Block(disk)
+    told: list[int] = []
+    device.on_config_change = lambda changed: told.append(int.from_bytes(changed.config()[:8], "little"))
+    device.resized()
+    assert told == []
+    for sectors in (5, 0, 8):
+        disk.size = sectors * SECTOR
+        device.resized()
+        device.resized()
+        request = Request(header(IN, 0), 5 * SECTOR + 1)
+        device.serve_request(request.chain)
+        assert request.writable[-1] == (OK if sectors >= 5 else IOERR)
+        past = Request(header(OUT, sectors) + bytes(SECTOR), 1)
+        assert device.serve_request(past.chain) == 1 and past.writable[-1] == IOERR
+    assert told == [5, 0, 8]
 
 
 # Good requests, however they are cut.

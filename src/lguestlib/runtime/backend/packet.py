@@ -20,6 +20,11 @@ class PacketNetwork:
         self.tracer = tracer
         self._role = role
 
+    @property
+    def mtu(self) -> int | None:
+        """What a frame holds behind its Ethernet header; None where the network does not say."""
+        return None
+
     def activate(self, features: int) -> None:
         """Nothing to choose: no offloads."""
 

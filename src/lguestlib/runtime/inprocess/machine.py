@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 from lguestlib.abi.eventfd import BYTES, SIGNAL, eventfd
 from lguestlib.memory.guest import GuestMemory
-from lguestlib.runtime.device_runner import DeviceRunner
 from lguestlib.runtime.machine import Machine, Outcome, Stopped
+from lguestlib.runtime.runner import Runner
 from lguestlib.runtime.trace import Tracer
 
 Program = Callable[["InprocessMachine"], Outcome]
@@ -46,9 +46,18 @@ class InprocessMachine(Machine):
             # A thread that is to stop finds the pin signalled.
             if not waiting.poll(max(0.0, seconds) * 1000):
                 return False
-        os.read(self._pin, BYTES)
+        self._take_interrupt()
         self.checkpoint()
         return True
+
+    def _take_interrupt(self) -> None:
+        while True:
+            try:
+                os.read(self._pin, BYTES)
+                return
+            except BlockingIOError:
+                # A vhost-user back-end, which has it too, has made it non-blocking for all.
+                os.set_blocking(self._pin, True)
 
     def checkpoint(self) -> None:
         """For the program's loops that do not sleep: does not return once the machine is to stop."""
@@ -58,7 +67,7 @@ class InprocessMachine(Machine):
     def _interrupt_fd(self) -> int | None:
         return os.dup(self._pin)
 
-    def _attach(self, runner: DeviceRunner, slot: int) -> None:
+    def _attach(self, runner: Runner, slot: int) -> None:
         """Nothing to connect: the program signals the kicks itself."""
 
     def _enter(self) -> Outcome:

@@ -10,12 +10,16 @@ from lguestlib.abi.virtio_blk import VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN
 from lguestlib.abi.virtio_ids import VIRTIO_ID_BLOCK
 from lguestlib.virtio.chain import Buffers, Chain, part
 from lguestlib.virtio.device import QUEUE_SIZE, Device, Queue
+from lguestlib.virtio.transfer import Operation, Transfer, Transfers
 
 SECTOR = 512
 """The unit of sector numbers and of capacity, in bytes, whatever the block size (5.2.4)."""
 
 SEGMENTS_MAX = QUEUE_SIZE - 2
 """Data buffers in one request: the queue less header and status."""
+
+NUM_QUEUES_MAX = 256
+"""Request queues: as many as vhost-user can number."""
 
 SEGMENT_SECTORS_MAX = 1 << 16
 """Sectors in one discard or write-zeroes segment."""
@@ -24,6 +28,10 @@ _HEADER = struct.Struct("<IIQ")
 _HEADER_SIZE, _unpack_header = _HEADER.size, _HEADER.unpack
 _SEGMENT = struct.Struct("<QII")
 _ID_SIZE = abi.VIRTIO_BLK_ID_BYTES
+# A member of an enumeration is found slowly through its class.
+_READ, _WRITE, _FLUSH = Operation.READ, Operation.WRITE, Operation.FLUSH
+_BY_CALL = (errno.EINVAL, errno.EAGAIN)
+"""A transfer that fails so may still be done by a call of the back-end."""
 
 
 class BlockBackend(Protocol):
@@ -31,7 +39,11 @@ class BlockBackend(Protocol):
 
     @property
     def size(self) -> int:
-        """Bytes, a multiple of `SECTOR`."""
+        """Bytes as they are now, a multiple of `SECTOR`."""
+
+    @property
+    def block_size(self) -> int:
+        """Bytes that are best read and written at once and aligned: `SECTOR` or a larger power of two."""
 
     @property
     def read_only(self) -> bool:
@@ -63,16 +75,34 @@ class _Refused(Exception):
 
 
 class Block(Device):
-    """A disk.  Its image is raw and never grows (T22, T24)."""
+    """A disk with *num_queues* request queues, served at the same time.
+
+    Its image is raw, and no request makes it grow (T22, T24).  Raises ValueError
+    for a number of queues that there cannot be.  With *transfer_file*, a number for
+    an open file that is the disk, reads, writes and flushes may be carried out there
+    by who runs the queues (`Queue.transfers`).
+    """
 
     device_type = VIRTIO_ID_BLOCK
 
-    def __init__(self, backend: BlockBackend, name: str = "block") -> None:
+    def __init__(
+        self,
+        backend: BlockBackend,
+        name: str = "block",
+        num_queues: int = 1,
+        transfer_file: int | None = None,
+    ) -> None:
         super().__init__(name)
+        if not 1 <= num_queues <= NUM_QUEUES_MAX:
+            raise ValueError(f"{name}: {num_queues} queues (1 to {NUM_QUEUES_MAX})")
+        self.num_queues = num_queues
         self._backend = backend
         self._read_into = backend.read
+        self._transfers: Transfers | None = None
+        if transfer_file is not None:
+            self._transfers = Transfers(transfer_file, self.begin_request, self.finish_request)
+        # The queues' threads read it, each once for a request; only `resized` writes it.
         self._size = backend.size
-        self._capacity = backend.size // SECTOR
         self._requests: dict[int, Callable[[int, Buffers, Buffers], int]] = {
             abi.VIRTIO_BLK_T_OUT: self._write,
             abi.VIRTIO_BLK_T_FLUSH: self._flush,
@@ -88,15 +118,17 @@ class Block(Device):
             bits.append(abi.VIRTIO_BLK_F_RO)
         else:
             bits += [abi.VIRTIO_BLK_F_DISCARD, abi.VIRTIO_BLK_F_WRITE_ZEROES]
+        if self.num_queues > 1:
+            bits.append(abi.VIRTIO_BLK_F_MQ)
         return sum(1 << bit for bit in bits)
 
     def config(self) -> bytes:
         return bytes(
             abi.virtio_blk_config(
-                capacity=self._capacity,
+                capacity=self._size // SECTOR,
                 seg_max=SEGMENTS_MAX,
-                blk_size=SECTOR,
-                num_queues=1,
+                blk_size=self._backend.block_size,
+                num_queues=self.num_queues,
                 max_discard_sectors=SEGMENT_SECTORS_MAX,
                 max_discard_seg=1,
                 discard_sector_alignment=1,
@@ -107,13 +139,26 @@ class Block(Device):
         )
 
     def queues(self) -> Sequence[Queue]:
-        return (Queue("requests", self.serve_request),)
+        if self.num_queues == 1:
+            return (self._queue("requests"),)
+        return tuple(self._queue(f"queue{index}") for index in range(self.num_queues))
 
-    def serve_request(self, chain: Chain) -> int:
+    def _queue(self, name: str) -> Queue:
+        return Queue(name, self.serve_request, transfers=self._transfers)
+
+    def resized(self) -> None:
+        """The back-end's size may have changed: if so, tell the driver (virtio 1.3, 5.2.5)."""
+        size = self._backend.size
+        if size != self._size:
+            self._size = size
+            self.on_config_change(self)
+
+    def serve_request(self, chain: Chain, begun: list[Transfer] | None = None) -> int:
         """Service of the request queue (virtio 1.3, 5.2.6).
 
         The header is the first 16 readable bytes and the status the last
-        writable one, however the driver cut them (2.7.4.1; S33).
+        writable one, however the driver cut them (2.7.4.1; S33).  With *begun*, a
+        transfer is not carried out but added there.
         """
         room = chain.writable_length
         if not room:
@@ -132,16 +177,21 @@ class Block(Device):
                 kind, _, sector = _unpack_header(chain.read(_HEADER_SIZE))
             else:
                 raise _Refused(abi.VIRTIO_BLK_S_IOERR)
+            if begun is not None and (transfer := self._begin(chain, kind, sector, data)):
+                begun.append(transfer)
+                return 0
             if kind == VIRTIO_BLK_T_IN:
-                written = length = room - 1
+                length, written = room - 1, room
                 offset = sector * SECTOR
                 if length % SECTOR or length > self._size - offset or self._read_into(data, offset) != length:
                     self._read(sector, data, length)
             elif kind not in self._requests:
                 raise _Refused(abi.VIRTIO_BLK_S_UNSUPP)
             else:
-                payload = part(readable, _HEADER_SIZE, chain.readable_length)
-                written = self._requests[kind](sector, payload, data)
+                written = self._requests[kind](sector, _payload(readable, chain.readable_length), data)
+                if written == room - 1:
+                    # Counted from the start: a short answer leaves a hole before the status (S19).
+                    written = room
             status[0] = VIRTIO_BLK_S_OK
         except InterruptedError:
             raise
@@ -149,15 +199,66 @@ class Block(Device):
             status[0] = refusal.status
             return 1 if room == 1 else 0
         except OSError as error:
-            unsupported = error.errno in (errno.EOPNOTSUPP, errno.ENOSYS)
-            status[0] = abi.VIRTIO_BLK_S_UNSUPP if unsupported else abi.VIRTIO_BLK_S_IOERR
+            status[0] = _status(error.errno)
             return 1 if room == 1 else 0
-        # The bytes written are counted from the start: a short answer leaves a hole before the status (S19).
-        return room if written == room - 1 else written
+        return written
+
+    def begin_request(self, chain: Chain) -> Transfer | None:
+        """The transfer that *chain* asks for; None where it was served at once, its `written` set."""
+        begun: list[Transfer] = []
+        chain.written = self.serve_request(chain, begun)
+        return begun[0] if begun else None
+
+    def _begin(self, chain: Chain, kind: int, sector: int, data: Buffers) -> Transfer | None:
+        """The transfer for a request of *kind*; None where there is nothing to transfer."""
+        if kind == VIRTIO_BLK_T_IN:
+            operation, buffers, length = _READ, data, chain.writable_length - 1
+        elif kind == abi.VIRTIO_BLK_T_OUT:
+            self._writable()
+            operation, length = _WRITE, chain.readable_length - _HEADER_SIZE
+            buffers = _payload(chain.readable, length)
+        elif kind == abi.VIRTIO_BLK_T_FLUSH:
+            return Transfer(chain, _FLUSH)
+        else:
+            return None
+        offset = self._extent(sector, length)
+        return Transfer(chain, operation, buffers, offset, length) if length else None
+
+    def finish_request(self, transfer: Transfer, result: int) -> bool:
+        """Write the status for *result*, bytes or a negative errno; False if some of it is left to do."""
+        status = VIRTIO_BLK_S_OK
+        if result != transfer.length:
+            if 0 < result < transfer.length:
+                transfer.advance(result)
+                return False
+            status = self._status_by_call(transfer, -result)
+        chain = transfer.chain
+        room = chain.writable_length
+        chain.writable[-1][-1] = status
+        whole = transfer.operation is _READ and status == VIRTIO_BLK_S_OK
+        chain.written = room if whole or room == 1 else 0
+        return True
+
+    def _status_by_call(self, transfer: Transfer, error: int) -> int:
+        """The status of *transfer*, which has failed with *error*, after another try where that can help."""
+        if error not in _BY_CALL:
+            return _status(error)
+        try:
+            if transfer.operation is _FLUSH:
+                self._backend.flush()
+            else:
+                call = self._backend.read if transfer.operation is _READ else self._backend.write
+                self._transfer(call, transfer.buffers, transfer.offset, transfer.length)
+        except _Refused as refusal:
+            return refusal.status
+        except OSError as failure:
+            return _status(failure.errno)
+        return VIRTIO_BLK_S_OK
 
     def _extent(self, sector: int, length: int) -> int:
         """The byte offset of *sector* where *length* bytes from it are on the disk (T24)."""
-        if length % SECTOR or sector > self._capacity or length // SECTOR > self._capacity - sector:
+        capacity = self._size // SECTOR
+        if length % SECTOR or sector > capacity or length // SECTOR > capacity - sector:
             raise _Refused(abi.VIRTIO_BLK_S_IOERR)
         return sector * SECTOR
 
@@ -224,3 +325,15 @@ class Block(Device):
         if length:
             self._backend.write_zeroes(offset, length, bool(flags))
         return 0
+
+
+def _payload(readable: Buffers, length: int) -> Buffers:
+    """What of *readable* comes behind the header, *length* bytes at most."""
+    if len(readable[0]) == _HEADER_SIZE:
+        return readable[1:]
+    return part(readable, _HEADER_SIZE, length)
+
+
+def _status(error: int | None) -> int:
+    """The status for the errno *error*."""
+    return abi.VIRTIO_BLK_S_UNSUPP if error in (errno.EOPNOTSUPP, errno.ENOSYS) else abi.VIRTIO_BLK_S_IOERR

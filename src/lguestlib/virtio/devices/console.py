@@ -45,6 +45,10 @@ class Console(Device):
         columns, rows = self._backend.size()
         return _CONFIG.pack(columns, rows, 1, 0)
 
+    def activate(self, features: int) -> None:
+        # Linux looks at the size when it is told of a change, and not before.
+        self.resized()
+
     def resized(self) -> None:
         """The back-end's size has changed: tell the driver (virtio 1.3, 5.3.5)."""
         self.on_config_change(self)

@@ -1,0 +1,78 @@
+"""`serve` as the back-end of real guests."""
+
+import os
+import signal
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import linux
+import pytest
+import sessions
+from sessions import Session
+
+LONG = bool(os.environ.get("LGUESTLIB_LONG"))
+"""Whether what takes its time is done as often as it is meant to be (LGUESTLIB_LONG=1 in the environment)."""
+
+GUESTS: dict[str, type[linux.UserModeLinux] | type[linux.Qemu]] = {
+    guest.name: guest for guest in (linux.UserModeLinux, linux.Qemu)
+}
+
+MIB = 1 << 20
+
+
+@contextmanager
+def serving(*words: str, sockets: int = 1, prefix: Sequence[str] = (), terminal: bool = False) -> Iterator[Session]:
+    """`serve` with these *words*, listening on so many sockets; ended by SIGTERM, with nothing to complain of."""
+    with Session("serve", *words, prefix=prefix, terminal=terminal) as session:
+        listening(session, sockets)
+        yield session
+        session.signal(signal.SIGTERM)
+        assert session.end().status == 0
+
+
+def listening(session: Session, sockets: int = 1) -> None:
+    """Wait until *session* listens on so many sockets."""
+    for _ in range(sockets):
+        session.expect("listening on", messages=True)
+        session.expect("\n", messages=True)
+
+
+class Held(NamedTuple):
+    """What a process has in its hands."""
+
+    descriptors: int
+    threads: int
+    memory_files: int
+
+    @classmethod
+    def by(cls, pid: int) -> "Held":
+        """*memory_files* are mappings of a guest's memory, an io_uring or anything else that is a file of no path."""
+        process = Path(f"/proc/{pid}")
+        shared = [line for line in (process / "maps").read_text().splitlines() if line.split()[1][3] == "s"]
+        return cls(len(os.listdir(process / "fd")), len(os.listdir(process / "task")), len(shared))
+
+
+def sparse(path: Path, size: int) -> Path:
+    """An image of *size* bytes at *path* that takes no room yet."""
+    with path.open("xb") as file:
+        file.truncate(size)
+    return path
+
+
+def occupied(path: Path) -> int:
+    """The bytes that the file at *path* takes on its disk."""
+    return path.stat().st_blocks * 512
+
+
+def compressible(data: bytes) -> bool:
+    """Whether *data* can be told in fewer bytes, as chance never can."""
+    return len(zlib.compress(data, 9)) < len(data)
+
+
+def bind_anew(driver: str, times: int) -> str:
+    """The guest's command that takes *driver* off its only device and puts it back, so many *times*."""
+    rounds = f'for round in $(seq {times}); do echo "$1" >unbind && echo "$1" >bind || exit 1; done'
+    return f"(cd /sys/bus/virtio/drivers/{driver} && set -- virtio[0-9]* && {rounds})"
