@@ -13,7 +13,7 @@ import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Self
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import pytest
 import sessions
@@ -23,6 +23,7 @@ from lguestlib.memory.image.newc import NewcArchive
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.initramfs.archive import make_initramfs
 from lguestlib.runtime.initramfs.modules import resolve
+from lguestlib.runtime.uml.process import Guard
 from memory.images import real_kernel
 
 BOOT_PATIENCE = 90.0
@@ -68,14 +69,16 @@ class Answer(NamedTuple):
 class Linux:
     """A guest that *words* start, whose shell is at their standard input and output."""
 
+    name: ClassVar[str]
+
     def __init__(self, words: Sequence[str]) -> None:
         keyboard, self._keyboard = os.pipe()
         self._screen, screen = os.pipe()
-        # It ends with whoever has started it.
+        self._guard = Guard()
         self.process = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "TERM", *words],
-            stdin=keyboard, stdout=screen, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+            words, stdin=keyboard, stdout=screen, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        self._guard.watch(self.process.pid)
         os.close(keyboard)
         os.close(screen)
         self._shown = b""
@@ -137,11 +140,10 @@ class Linux:
 
     def close(self) -> None:
         """Switch it off as one pulls a plug."""
-        try:
+        if self.process.returncode is None:
             os.killpg(self.process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self.process.wait()
+        self._guard.close()
         os.close(self._keyboard)
         os.close(self._screen)
 
@@ -171,14 +173,13 @@ class UserModeLinux(Linux):
         programs: Sequence[str] = (),
         arguments: Sequence[str] = (),
     ) -> None:
-        packages = {"linux.uml": "user-mode-linux", "setpriv": "util-linux", "setarch": "util-linux"}
-        sessions.programs_or_skip(**packages)
+        sessions.programs_or_skip(**{"linux.uml": "user-mode-linux"})
         version = subprocess.run(["linux.uml", "--version"], capture_output=True, text=True, check=True)
         modules = Path("/usr/lib/uml/modules") / version.stdout.strip()
         initrd = _initramfs(directory, modules, ["virtio_blk", "virtio_net", "virtio_console"], programs)
         numbers = {kind: getattr(virtio_ids, f"VIRTIO_ID_{_IDS[kind]}") for kind in _IDS}
         super().__init__([
-            "setarch", "-R", "linux.uml", f"mem={memory}M", f"initrd={initrd}", f"uml_dir={directory}",
+            "linux.uml", f"mem={memory}M", f"initrd={initrd}", f"uml_dir={directory}",
             "con=null", "con0=fd:0,fd:1", "console=tty0", "loglevel=4", *arguments,
             *(f"virtio_uml.device={device.path}:{numbers[device.kind]}" for device in devices),
         ])  # fmt: skip
@@ -204,8 +205,7 @@ class Qemu(Linux):
         arguments: Sequence[str] = (),
         words: Sequence[str] = (),
     ) -> None:
-        packages = {"qemu-system-x86_64": "qemu-system-x86", "setpriv": "util-linux"}
-        sessions.programs_or_skip(**packages)
+        sessions.programs_or_skip(**{"qemu-system-x86_64": "qemu-system-x86"})
         kernel = real_kernel()
         [modules] = (kernel.parents[1] / "lib/modules").iterdir()
         names = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng"]

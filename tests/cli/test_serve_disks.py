@@ -12,7 +12,7 @@ from random import Random
 
 import pytest
 from runtime.rigs import PATIENCE, eventually
-from runtime.vhost_user_rig import FrontEnd, Ring
+from runtime.vhost_user_rig import MEMORY, FrontEnd, Ring, region, table, u64
 from sessions import Session, one_line, run
 from uring import uring_or_skip
 
@@ -41,6 +41,23 @@ def serving(path: str, image: Path, *words: str) -> Iterator[Session]:
         yield session
         session.signal(signal.SIGTERM)
         assert session.end().status == 0
+
+
+def has_direct(image: Path) -> bool:
+    """Whether the file system of *image* has O_DIRECT."""
+    try:
+        os.close(os.open(image, os.O_RDWR | os.O_DIRECT))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
+
+
+@pytest.fixture
+def slow(image: Path) -> tuple[str, ...]:
+    """What has requests take their time, where that can be had."""
+    return ("--aio=io_uring", *(("--direct",) if has_direct(image) else ()))
 
 
 class Disk:
@@ -77,8 +94,8 @@ class Disk:
 
 @pytest.mark.parametrize("words", [(), ("--direct",), ("--direct", "--aio=sync"), ("--num-queues", "2")])
 def test_a_disk_is_written_flushed_and_read(path: str, image: Path, words: tuple[str, ...]) -> None:
-    if "--direct" in words:
-        direct_or_skip(image)
+    if "--direct" in words and not has_direct(image):
+        pytest.skip("this file system has no O_DIRECT (TMPDIR=/var/tmp sh tests/run uses one that does)")
     with serving(path, image, "--aio", "io_uring", *words), FrontEnd(path) as front:
         front.negotiate()
         disk = Disk(front, front.start())
@@ -105,8 +122,8 @@ def test_a_read_only_disk_refuses_writing(path: str, image: Path) -> None:
         assert disk.done(0) == blk.VIRTIO_BLK_S_OK
 
 
-def test_front_ends_come_and_go_and_leave_nothing(path: str, image: Path) -> None:
-    with serving(path, image, "--aio", "io_uring") as session:
+def test_front_ends_come_and_go_and_leave_nothing(path: str, image: Path, slow: tuple[str, ...]) -> None:
+    with serving(path, image, *slow) as session:
 
         def visit() -> None:
             with FrontEnd(path) as front:
@@ -128,7 +145,60 @@ def test_front_ends_come_and_go_and_leave_nothing(path: str, image: Path) -> Non
         eventually(lambda: held() == before, f"as many descriptors, threads and mappings as before: {before}")
 
 
-def test_t17_a_back_end_killed_with_requests_in_flight_loses_none(path: str, image: Path) -> None:
+def test_t12_the_memory_is_exchanged_with_requests_in_flight(
+    path: str, image: Path, slow: tuple[str, ...]
+) -> None:
+    with serving(path, image, *slow) as session, FrontEnd(path) as front:
+        front.negotiate()
+        disk = Disk(front, front.start())
+        for turn in range(20):
+            for number in range(DEPTH):
+                disk.ask(number, blk.VIRTIO_BLK_T_IN, number, room=SECTOR)
+            size = MEMORY - 4096 * (1 + turn % 3)
+            front.set(abi.VHOST_USER_SET_MEM_TABLE, table(region(size=size)), [front.memory_fd])
+            maps = Path(f"/proc/{session.pid}/maps").read_text()
+            assert maps.count("memfd:front-end") == 1, "the one before is gone"
+            assert len(disk.ring.collect(DEPTH)) == DEPTH
+            assert {disk.status(number) for number in range(DEPTH)} == {blk.VIRTIO_BLK_S_OK}
+
+
+def test_t9_a_ring_is_stopped_and_goes_on_under_load(path: str, image: Path, slow: tuple[str, ...]) -> None:
+    with serving(path, image, *slow), FrontEnd(path) as front:
+        front.negotiate()
+        disk = Disk(front, front.start())
+        taken = 0
+        for _ in range(20):
+            for number in range(DEPTH):
+                disk.ask(number, blk.VIRTIO_BLK_T_IN, number, room=SECTOR)
+            base = front.stop(disk.ring)
+            returned = len(disk.ring.driver.reap())
+            assert base == taken + returned, "what was begun is returned, and nothing else"
+            front.restart(disk.ring, base)
+            if returned < DEPTH:
+                assert len(disk.ring.collect(DEPTH - returned)) == DEPTH - returned
+            taken += DEPTH
+
+
+def test_a_reset_with_requests_in_flight_is_a_new_beginning(
+    path: str, image: Path, slow: tuple[str, ...]
+) -> None:
+    with serving(path, image, *slow), FrontEnd(path) as front:
+        front.negotiate()
+        for _ in range(5):
+            disk = Disk(front, front.start())
+            for number in range(DEPTH):
+                disk.ask(number, blk.VIRTIO_BLK_T_IN, number, room=SECTOR)
+            front.set(abi.VHOST_USER_RESET_DEVICE)
+            used = disk.ring.used
+            time.sleep(0.005)
+            assert disk.ring.used == used, "nothing comes after a reset (T3)"
+            front.forget_rings()
+            front.set(abi.VHOST_USER_SET_FEATURES, u64(front.features))
+
+
+def test_t17_a_back_end_killed_with_requests_in_flight_loses_none(
+    path: str, image: Path, slow: tuple[str, ...]
+) -> None:
     seed = 3
     chance = Random(seed)
     expected = bytearray(image.read_bytes())
@@ -140,7 +210,7 @@ def test_t17_a_back_end_killed_with_requests_in_flight_loses_none(path: str, ima
         flying: dict[int, int] = {}
         for life in range(8):
             last = life == 7
-            words = (f"--socket-path={path}", f"--blk-file={image}", "--aio=io_uring")
+            words = (f"--socket-path={path}", f"--blk-file={image}", *slow)
             with Session("serve", "blk", *words) as session:
                 session.expect("listening on", messages=True)
                 front.connect()
@@ -186,15 +256,6 @@ class FrontEndLater(FrontEnd):
     def connect(self) -> None:
         if os.path.exists(self.path):
             super().connect()
-
-
-def direct_or_skip(image: Path) -> None:
-    try:
-        os.close(os.open(image, os.O_RDWR | os.O_DIRECT))
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        pytest.skip("this file system has no O_DIRECT (TMPDIR=/var/tmp sh tests/run uses one that does)")
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ KERNEL = "linux.uml"
 
 @pytest.fixture(autouse=True)
 def installed() -> None:
-    packages = {KERNEL: "user-mode-linux", "busybox": "busybox-static", "setpriv": "util-linux"}
+    packages = {KERNEL: "user-mode-linux", "busybox": "busybox-static"}
     sessions.programs_or_skip(**packages)
 
 
@@ -216,6 +216,12 @@ def test_an_initrd_of_the_users_is_booted_and_gets_the_commands_typed(tmp_path: 
     initrd.write_bytes(make_initramfs(modules).pack())
     result = run(*UML, "--initrd", str(initrd), "--append", "hostname=mine", "--exec", "echo $((6 * 7)); exit 3")
     assert "\n42\nmine:/root # " in result.output
+    assert result.status == 3
+
+
+def test_what_is_typed_before_it_is_up_is_not_lost() -> None:
+    result = run(*UML, typed="echo $((6 * 7))\nexit 3\n")
+    assert "\n42\n" in result.output
     assert result.status == 3
 
 

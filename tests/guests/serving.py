@@ -72,6 +72,50 @@ def compressible(data: bytes) -> bool:
     return len(zlib.compress(data, 9)) < len(data)
 
 
+class Load:
+    """What *guest* does over and over in the background: *command*, which has to succeed each time."""
+
+    def __init__(self, guest: linux.Linux, name: str, command: str) -> None:
+        self._guest = guest
+        self._name = f"/tmp/load-{name}"
+        guest.call(f"mkdir {self._name} && echo 0 >{self._name}/rounds")
+        lines = [
+            f"cd {self._name}",
+            "while [ ! -e stop ]",
+            f"do ({command}) >said 2>&1 || {{ echo $? >failed; break; }}",
+            "read rounds <rounds",
+            "echo $((rounds + 1)) >next && mv next rounds",
+            "done",
+            "touch stopped",
+        ]
+        guest.call(f"({'; '.join(lines).replace('; do', ' ; do')}) & true")
+
+    @property
+    def rounds(self) -> int:
+        """How often it has been done."""
+        return int(self._guest.call(f"cat {self._name}/rounds"))
+
+    def goes_on(self, rounds: int = 1) -> None:
+        """Wait until it has been done so many times more."""
+        wanted = self.rounds + rounds
+        deadline = time.monotonic() + linux.PATIENCE
+        while self.rounds < wanted:
+            self.check()
+            assert time.monotonic() < deadline, f"{self._name}: no further than {self.rounds} of {wanted}"
+            time.sleep(0.05)
+
+    def check(self) -> None:
+        """It has not failed so far."""
+        failed = self._guest.command(f"cat {self._name}/failed {self._name}/said").output
+        assert "can't open" in failed.splitlines()[0], failed
+
+    def stop(self) -> int:
+        """Let it come to its end; how often it was done."""
+        self._guest.call(f"touch {self._name}/stop; until [ -e {self._name}/stopped ]; do sleep 0.05; done")
+        self.check()
+        return self.rounds
+
+
 def bind_anew(driver: str, times: int) -> str:
     """The guest's command that takes *driver* off its only device and puts it back, so many *times*."""
     rounds = f'for round in $(seq {times}); do echo "$1" >unbind && echo "$1" >bind || exit 1; done'

@@ -63,15 +63,15 @@ class Console:
 
     def start_shell(self) -> None:
         """A shell of people's, with job control; it does not show again what it reads."""
-        shell = f'exec <{self.device} >{self.device} 2>&1; stty -echo; PS1="{PROMPT.decode()}" exec sh -i'
+        shell = f'exec <{self.device} >{self.device} 2>&1; stty -echo -onlcr; PS1="{PROMPT.decode()}" exec setsid -c sh -i'
         # What a script's shell runs in the background is deaf to ^C.
         self.guest.call(f"start-stop-daemon -S -b -p /tmp/none -a /bin/sh -- -c '{shell}'")
         self.shown()
 
-    def size(self) -> tuple[int, int]:
-        """Columns and rows, as the guest has them; a shell keeps the device open."""
-        rows, columns = re.findall(r"(?<=rows )\d+|(?<=columns )\d+", self.guest.call(f"stty -a <{self.device}"))
-        return int(columns), int(rows)
+    def size(self) -> tuple[int, int] | None:
+        """Columns and rows, where the guest knows them; its shell keeps the device open."""
+        known = re.fullmatch(r"(\d+) (\d+)\n", self.guest.command(f"stty size <{self.device}").output)
+        return (int(known[2]), int(known[1])) if known else None
 
 
 def resize(terminal: int, columns: int, rows: int) -> None:
@@ -121,7 +121,7 @@ def test_a_megabyte_goes_each_way(console: Console) -> None:
     text = base64.encodebytes(os.urandom(MIB * 3 // 4))
     assert len(text) >= MIB
     console.type(b"cat >/tmp/pasted\n")
-    typing = threading.Thread(target=console.type, args=[text + END_OF_FILE])
+    typing = threading.Thread(target=console.type, args=[text + END_OF_FILE], daemon=True)
     typing.start()
     assert not console.shown()
     typing.join()
@@ -152,8 +152,8 @@ def test_a_pseudo_terminals_size_is_the_guests_when_the_back_end_is_told(
     consoles: dict[str, Console], back_ends: tuple[Session, Session, Path]
 ) -> None:
     console = consoles["pty"]
-    assert console.size() == (0, 0)
+    assert console.size() is None
     resize(console.terminal, 132, 43)
     back_ends[0].signal(signal.SIGWINCH)
     eventually(lambda: console.size() == (132, 43), "the size that somebody at the pseudo-terminal has set")
-    assert consoles["pipes"].size() == (0, 0)
+    assert consoles["pipes"].size() is None

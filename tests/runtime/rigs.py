@@ -4,7 +4,7 @@ import os
 import select
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Self
 
@@ -15,6 +15,7 @@ from lguestlib.runtime.interrupt import EventfdInterrupt
 from lguestlib.runtime.kick import EventfdKick
 from lguestlib.runtime.queue_thread import QueueThread
 from lguestlib.runtime.trace import Tracer
+from lguestlib.virtio.chain import part
 from lguestlib.virtio.device import Queue
 from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import QueueLayout
@@ -33,6 +34,14 @@ def eventually(happened: Callable[[], bool], what: str) -> None:
     while not happened():
         assert time.monotonic() < deadline, f"not within {PATIENCE} s: {what}"
         time.sleep(0.0005)
+
+
+def write_all(write: Callable[[Sequence[memoryview]], int], *pieces: bytes) -> None:
+    """Write *pieces* out, in as many calls of *write* as it takes."""
+    buffers = tuple(memoryview(bytearray(piece)) for piece in pieces)
+    done, length = 0, sum(map(len, buffers))
+    while done < length:
+        done += write(part(buffers, done, length - done))
 
 
 def buffer(number: int = 0, length: int = 64) -> Buffer:

@@ -139,11 +139,12 @@ class Keyboard:
     def read(self, buffers: Sequence[memoryview]) -> int:
         return uio.readv(self._input, buffers)
 
-    def write(self, buffers: Sequence[memoryview]) -> None:
+    def write(self, buffers: Sequence[memoryview]) -> int:
         self.before_write()
         with self._more:
             self._shown += b"".join(buffers)
             self._more.notify_all()
+        return sum(map(len, buffers))
 
     def size(self) -> tuple[int, int]:
         return 80, 24

@@ -59,9 +59,10 @@ class Script:
     def read(self, buffers: Sequence[memoryview]) -> int:
         return os.readv(self._reader, buffers)
 
-    def write(self, buffers: Sequence[memoryview]) -> None:
+    def write(self, buffers: Sequence[memoryview]) -> int:
         for buffer in buffers:
             self.shown += buffer
+        return sum(map(len, buffers))
 
     def size(self) -> tuple[int, int]:
         return 80, 25

@@ -426,3 +426,31 @@ def test_a_segment_that_the_host_leaves_to_the_guest_to_cut_comes_in_whole() -> 
         tap.close()
 
     in_namespace(test)
+
+
+def test_waiting_for_buffers_is_sleep(cable: tuple[PacketNetwork, socket.socket]) -> None:
+    network, far = cable
+    with Receiver(network, GSO) as rig:
+        rig.give(3)
+        rig.start()
+        eventually(rig.asleep, "the thread's sleep")
+        far.send(packet(5000))
+        eventually(lambda: [call.role for call in rig.tracer.open_calls] == ["kick"], "the wait for buffers")
+        calls = len(rig.tracer.calls)
+        time.sleep(0.05)
+        assert len(rig.tracer.calls) == calls
+        rig.give(1)
+        assert rig.packet() == (packet(5000), [1536] * 3 + [5000 - 3 * 1536])
+
+
+def test_a_packet_longer_than_the_whole_ring_is_lost_and_the_next_received(
+    cable: tuple[PacketNetwork, socket.socket],
+) -> None:
+    network, far = cable
+    with Receiver(network, GSO) as rig:
+        rig.give(64, 100)
+        rig.start()
+        far.send(packet(6401))
+        far.send(packet(6400))
+        assert rig.packet() == (packet(6400), [100] * 64)
+        assert rig.device.merged.missed == 1

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 import pytest
 import sessions
-from runtime.rigs import PATIENCE, Rig, eventually, nothing_left
+from runtime.rigs import PATIENCE, Rig, eventually, nothing_left, write_all
 
 from lguestlib.abi.signals import install_interrupt_handler, interrupt_thread
 from lguestlib.runtime.backend import pty
@@ -46,7 +46,7 @@ def somebody(line: Pty) -> Iterator[int]:
 
 
 def write(line: Pty, *pieces: bytes) -> None:
-    line.write([memoryview(bytearray(piece)) for piece in pieces])
+    write_all(line.write, *pieces)
 
 
 def read(line: Pty, room: int = 100) -> bytes:

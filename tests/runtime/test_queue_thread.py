@@ -495,7 +495,7 @@ def test_t12_chains_held_for_merging_are_the_drivers_again_when_the_change_is_ma
     class Merged:
         room = 200
 
-        def serve(self, chains: Sequence[Chain]) -> int:
+        def serve(self, chains: Sequence[Chain], complete: bool) -> int:
             entered.release()
             chains[0].written = uio.readv(reader, chains[0].writable)
             return 1

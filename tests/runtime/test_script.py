@@ -5,7 +5,7 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-from runtime.rigs import nothing_left
+from runtime.rigs import nothing_left, write_all
 
 from lguestlib.runtime.backend.script import Script, typed_ahead
 
@@ -19,7 +19,7 @@ class Guest:
         self.script = Script(commands, output, lambda error: None)
 
     def show(self, *pieces: bytes) -> None:
-        self.script.write([memoryview(bytearray(piece)) for piece in pieces])
+        write_all(self.script.write, *pieces)
 
     def typed(self) -> bytes:
         """What has been typed by now, if anything: a line that ends with something of our own."""

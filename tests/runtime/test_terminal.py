@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from runtime.rigs import nothing_left
+from runtime.rigs import nothing_left, write_all
 
 from lguestlib.abi import uio
 from lguestlib.abi.signals import install_interrupt_handler, interrupt_thread
@@ -48,7 +48,7 @@ class Desk:
         return bytes(buffer[: self.terminal.read([memoryview(buffer)])])
 
     def write(self, *pieces: bytes) -> None:
-        self.terminal.write([memoryview(bytearray(piece)) for piece in pieces])
+        write_all(self.terminal.write, *pieces)
 
     def close(self) -> None:
         for fd in {self.input, self.keyboard, self.screen, self.output} - {-1}:

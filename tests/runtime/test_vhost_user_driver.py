@@ -74,9 +74,10 @@ class Terminal:
     def read(self, buffers: Sequence[memoryview]) -> int:
         return uio.readv(self.keys, buffers)
 
-    def write(self, buffers: Sequence[memoryview]) -> None:
+    def write(self, buffers: Sequence[memoryview]) -> int:
         for part in buffers:
             self.shown += part
+        return sum(map(len, buffers))
 
     def size(self) -> tuple[int, int]:
         return 80, 25

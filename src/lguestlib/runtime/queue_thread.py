@@ -69,6 +69,7 @@ class QueueThread:
         self._room = queue.merging.room if queue.merging else 0
         # Popped for merging, and none of them begun.
         self._held: list[Chain] = []
+        self._held_room = 0
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
@@ -218,25 +219,28 @@ class QueueThread:
         """
         assert self._merging is not None
         held = self._held
-        room = sum(chain.writable_length for chain in held)
-        while room < self._room and (chains := self._ring.pop_many(MERGED_AT_ONCE)):
+        while self._held_room < self._room and (chains := self._ring.pop_many(MERGED_AT_ONCE)):
             held += chains
-            room += sum(chain.writable_length for chain in chains)
+            self._held_room += sum([chain.writable_length for chain in chains])
         if not held:
             return False
         try:
-            taken = 0 if self._attention else self._merging.serve(held)
+            taken = 0 if self._attention else self._merging.serve(held, len(held) == self._ring.size)
         except InterruptedError:
             return True
         except SourceEnded:
             self._rest()
             return True
+        if not taken:
+            # What has come needs more chains than there are: sleep until there are.
+            return False
         chains, self._held = held[:taken], held[taken:]
-        self._return(chains, sum(chain.readable_length + chain.written for chain in chains))
+        self._held_room -= sum([chain.writable_length for chain in chains])
+        self._return(chains, sum([chain.readable_length + chain.written for chain in chains]))
         return True
 
     def _put_back_held(self) -> None:
-        held, self._held = self._held, []
+        held, self._held, self._held_room = self._held, [], 0
         self._ring.put_back(held)
 
     def _return(self, chains: Sequence[Chain], moved: int) -> None:

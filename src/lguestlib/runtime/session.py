@@ -22,6 +22,7 @@ from lguestlib.runtime.machine import Outcome
 from lguestlib.runtime.options import MachineOptions
 from lguestlib.runtime.runner import Served
 from lguestlib.runtime.trace import Tracer
+from lguestlib.runtime.uml.terminal import PatientTerminal
 
 INPUT, OUTPUT = 0, 1
 
@@ -82,14 +83,16 @@ class Session:
 
     @contextmanager
     def _console(self) -> Iterator[Terminal]:
+        is_uml = self._options.hypervisor == "uml"
+        kind = PatientTerminal if is_uml else Terminal
         if self._commands is None:
-            yield Terminal(INPUT, OUTPUT, self._escaped, self._hung_up, self._tracer)
-        elif self._options.kernel is None and self._options.hypervisor != "uml":
+            yield kind(INPUT, OUTPUT, self._escaped, self._hung_up, self._tracer)
+        elif self._options.kernel is None and not is_uml:
             with Script(self._commands, OUTPUT, self._hung_up, self._tracer) as script:
                 yield script
         else:
             with typed_ahead(self._commands) as fd:
-                yield Terminal(fd, OUTPUT, self._escaped, self._hung_up, self._tracer)
+                yield kind(fd, OUTPUT, self._escaped, self._hung_up, self._tracer)
 
     def _booted(self, machine: Boot) -> None:
         self._runners = tuple(machine.runners)

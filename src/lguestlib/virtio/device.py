@@ -41,10 +41,12 @@ class Merging(Protocol):
         Asked when the queue starts.
         """
 
-    def serve(self, chains: Sequence[Chain]) -> int:
-        """Do one piece of work with *chains*, from the first on, and return how many it took, at least one.
+    def serve(self, chains: Sequence[Chain], complete: bool) -> int:
+        """Do one piece of work with *chains*, from the first on, and return how many it took.
 
-        The `written` of those is set.  May raise what a `Service` may.
+        The `written` of those is set.  0 means that it needs more chains, and is asked
+        again when there are some; when these are *complete* there will be none.  May raise what a
+        `Service` may.
         """
 
 

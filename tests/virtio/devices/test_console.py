@@ -7,8 +7,9 @@ import pytest
 from virtio.devices.chains import UNTOUCHED, Request, only_its_own
 
 from lguestlib.abi import virtio_console as abi
+from lguestlib.virtio.chain import part
 from lguestlib.virtio.device import Device, SourceEnded
-from lguestlib.virtio.devices.console import Console
+from lguestlib.virtio.devices.console import Console, Output
 
 
 class Line:
@@ -20,6 +21,7 @@ class Line:
         self.columns_and_rows = (80, 25)
         self.error: Exception | None = None
         self.reads = 0
+        self.room = 1 << 20
 
     def read(self, buffers: Sequence[memoryview]) -> int:
         self.reads += 1
@@ -32,10 +34,12 @@ class Line:
             done += len(piece)
         return done
 
-    def write(self, buffers: Sequence[memoryview]) -> None:
+    def write(self, buffers: Sequence[memoryview]) -> int:
         if self.error:
             raise self.error
-        self.output.append(buffers)
+        taken = part(tuple(buffers), 0, self.room)
+        self.output.append(taken)
+        return sum(map(len, taken))
 
     def size(self) -> tuple[int, int]:
         return self.columns_and_rows
@@ -116,3 +120,48 @@ def test_errors_of_the_line_are_its_owners() -> None:
         ):  # fmt: skip
             with pytest.raises(type(error)):
                 call(request.chain)
+
+
+@pytest.mark.parametrize("room", [1, 2, 3, 5, 1 << 20])
+def test_what_is_available_goes_out_together_in_order_and_once(room: int) -> None:
+    line = Line()
+    line.room = room
+    output = Console(line).output
+    requests = [Request(data, 2, (1,)) for data in (b"one", b"", b"three", b"-", b"last")]
+    chains = [request.chain for request in requests]
+    while chains:
+        taken = output.serve(chains)
+        assert taken >= 1 and all(chain.written == 0 for chain in chains[:taken])
+        chains = chains[taken:]
+    assert b"".join(b"".join(write) for write in line.output) == b"onethree-last"
+    if room == 1 << 20:
+        assert len(line.output) == 1
+
+
+def test_a_chain_that_was_begun_goes_on_where_it_was_and_a_reset_forgets_it() -> None:
+    line = Line()
+    line.room = 3
+    console = Console(line)
+    chains = [Request(b"abcdef").chain, Request(b"gh").chain]
+    shown = line.write
+
+    def interrupted_after_one(buffers: Sequence[memoryview]) -> int:
+        if len(line.output) == 1:
+            raise InterruptedError
+        return shown(buffers)
+
+    output = Output(interrupted_after_one)
+    with pytest.raises(InterruptedError):
+        output.serve(chains)
+    line.output.append(())
+    assert output.serve(chains) == 1 and output.serve(chains[1:]) == 1
+    assert b"".join(b"".join(write) for write in line.output) == b"abcdefgh"
+
+    line.output.clear()
+    with pytest.raises(InterruptedError):
+        Output(interrupted_after_one).serve(chains)
+    line.output.clear()
+    line.room = 100
+    console.deactivate()
+    assert console.output.serve(chains) == 2
+    assert b"".join(line.output[0]) == b"abcdefgh"

@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from lguestlib.abi import uio
 from lguestlib.abi.poll import POLLIN, POLLOUT, poll
 from lguestlib.runtime.trace import Tracer
-from lguestlib.virtio.chain import part
 
 PATIENCE = 250
 """Milliseconds that a full pseudo-terminal's reader has to take something.
@@ -48,19 +47,17 @@ class Pty:
             except BlockingIOError:
                 continue
 
-    def write(self, buffers: Sequence[memoryview]) -> None:
-        """Write all of *buffers*, or lose what nobody reads.  Raises InterruptedError."""
-        left = tuple(buffers)
-        length = sum(map(len, left))
-        while length:
+    def write(self, buffers: Sequence[memoryview]) -> int:
+        """Write from the start of *buffers*, in the place of what nobody reads if need be.
+
+        Returns the bytes written.  Raises InterruptedError.
+        """
+        while True:
             try:
-                done = self._traced("writev", "output", uio.writev, self._fd, left[: uio.UIO_MAXIOV])
+                return self._traced("writev", "output", uio.writev, self._fd, buffers[: uio.UIO_MAXIOV])
             except BlockingIOError:
                 if not self._traced("poll", "output", poll, self._fd, POLLOUT, PATIENCE):
                     self._empty()
-                continue
-            length -= done
-            left = part(left, done, length)
 
     def _empty(self) -> None:
         """Throw away what was written and not read."""

@@ -9,6 +9,7 @@ from lguestlib.abi import uio
 from lguestlib.abi.memfd import memfd
 from lguestlib.runtime.backend.terminal import Terminal
 from lguestlib.runtime.trace import Tracer
+from lguestlib.virtio.chain import part
 
 PROMPT = b"\n> "
 """The end of the built-in guest's output when it waits for a command."""
@@ -34,14 +35,15 @@ class Script(Terminal):
         self._left = iter(commands)
         self._shown = b""
 
-    def write(self, buffers: Sequence[memoryview]) -> None:
-        """Write *buffers*, and type the next command if they ask for one.  Raises InterruptedError."""
-        super().write(buffers)
-        self._shown = b"".join([self._shown, *buffers])[-len(PROMPT) :]
+    def write(self, buffers: Sequence[memoryview]) -> int:
+        """As `Terminal.write`, and type the next command if the guest has asked for one."""
+        done = super().write(buffers)
+        self._shown = b"".join([self._shown, *part(tuple(buffers), 0, done)])[-len(PROMPT) :]
         if self._shown == PROMPT:
             command = next(self._left, None)
             line = SWITCH_OFF if command is None else command + b"\n"
             uio.writev(self._typing, [memoryview(bytearray(line))])
+        return done
 
     def close(self) -> None:
         """Close the pipe that is the keyboard."""

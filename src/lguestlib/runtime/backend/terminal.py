@@ -21,6 +21,9 @@ ESCAPE_SECONDS = 1.0
 AWAY_SECONDS = 0.05
 """How often a terminal that another job has is looked at."""
 
+_JOINED = 65536
+"""Bytes that are copied to be written together, at most."""
+
 _Attributes = list[int | list[bytes | int]]
 
 
@@ -89,27 +92,27 @@ class Terminal:
         if len(self._escapes) == ESCAPE_COUNT and now - self._escapes[0] <= ESCAPE_SECONDS:
             self._on_escape()
 
-    def write(self, buffers: Sequence[memoryview]) -> None:
-        """Write all of *buffers*, however slow the reader.  Raises InterruptedError."""
-        left = [buffer for buffer in buffers if buffer]
-        while left and not self._hung_up:
+    def write(self, buffers: Sequence[memoryview]) -> int:
+        """Write from the start of *buffers*, however slow the reader; return the bytes written, or dropped.
+
+        Raises InterruptedError.
+        """
+        while not self._hung_up:
             try:
-                done = self._write_some(left[: uio.UIO_MAXIOV])
+                return self._write_some(buffers[: uio.UIO_MAXIOV])
             except InterruptedError:
                 raise
             except BlockingIOError:
                 os.set_blocking(self._output_fd, True)
-                continue
             except OSError as error:
                 self._hung_up = True
                 self._on_hangup(error)
-                return
-            while left and done >= len(left[0]):
-                done -= len(left.pop(0))
-            if done:
-                left[0] = left[0][done:]
+        return sum(map(len, buffers))
 
     def _write_some(self, buffers: Sequence[memoryview]) -> int:
+        if len(buffers) > 1 and sum(map(len, buffers)) <= _JOINED:
+            # A few words each: they are sooner put together than told one by one.
+            buffers = [memoryview(bytearray().join(buffers))]
         if self.tracer is None:
             return uio.writev(self._output_fd, buffers)
         return self.tracer.traced("writev", "output", uio.writev, self._output_fd, buffers)

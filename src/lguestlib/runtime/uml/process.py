@@ -2,47 +2,80 @@
 
 import os
 import select
-import shutil
 import signal
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 
-from lguestlib.runtime.errors import LaunchError
-
 TAIL = 16384
 """Bytes of its output that are kept, the last ones."""
 
+_GUARD = 'read group && { read _; kill -9 "-$group"; }'
+_DEFAULT = (signal.SIGTERM, signal.SIGPIPE)
+"""Signals that this process may ignore and another is not to."""
+
+
+class Guard:
+    """Kills a process group as soon as this process has ended, however it does.
+
+    That takes a process that outlives this one: a shell, asleep until a pipe is
+    closed.  (A signal to the group's leader at its parent's death would leave
+    what the leader has started.)
+    """
+
+    def __init__(self) -> None:
+        reader, self._pipe = os.pipe()
+        null = os.open(os.devnull, os.O_WRONLY)
+        try:
+            self._pid = os.posix_spawn(
+                "/bin/sh", ["sh", "-c", _GUARD], {},
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((reader, 0), (null, 1), (null, 2))],
+                setsid=True, setsigmask=(), setsigdef=_DEFAULT,
+            )  # fmt: skip
+        except BaseException:
+            os.close(self._pipe)
+            raise
+        finally:
+            os.close(reader)
+            os.close(null)
+
+    def watch(self, group: int) -> None:
+        """Say which *group* that is."""
+        os.write(self._pipe, b"%d\n" % group)
+
+    def close(self) -> None:
+        """Kill what is left of the group now; its number must not be another's yet."""
+        os.close(self._pipe)
+        os.waitpid(self._pid, 0)
+
 
 class GuestProcess:
-    """Runs *words* in a session of its own, until `kill`, or until the thread that makes this ends.
+    """Runs *words* in a session and a process group of its own, until `kill`, or until this process ends.
 
-    It leads a process group; what is left of that when it ends is killed.  Raises
-    LaunchError.
+    What is left of the group when its leader ends is killed.  Raises OSError.
     """
 
     def __init__(self, words: Sequence[str], environment: Mapping[str, str]) -> None:
-        # No code of ours runs between fork and exec, which threads would not bear: so setpriv(1) asks for the
-        # signal, and every signal that this process has blocked gets through.
-        guard = shutil.which("setpriv")
-        if guard is None:
-            raise LaunchError("setpriv: not found, and the guest would outlive us (apt-get install util-linux)")
         self._lock = threading.Lock()
         self._tail = b""
+        self._guard = Guard()
         self._output, output = os.pipe()
         null = os.open(os.devnull, os.O_RDONLY)
         try:
+            # No code of ours between fork and exec, which threads would not bear.
             self._pid = os.posix_spawn(
-                guard, [guard, "--pdeathsig", "TERM", *words], environment,
+                words[0], list(words), environment,
                 file_actions=[(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((null, 0), (output, 1), (output, 2))],
-                setsid=True, setsigmask=(), setsigdef=(signal.SIGTERM, signal.SIGPIPE),
+                setsid=True, setsigmask=(), setsigdef=_DEFAULT,
             )  # fmt: skip
         except BaseException:
             os.close(self._output)
+            self._guard.close()
             raise
         finally:
             os.close(null)
             os.close(output)
+        self._guard.watch(self._pid)
 
     def wait(self) -> int:
         """Sleep until it ends; its exit status, or the negative number of the signal that killed it.  Once."""
@@ -52,16 +85,16 @@ class GuestProcess:
             poller.register(ended, select.POLLIN)
             poller.register(self._output, select.POLLIN)
             while (ready := {fd for fd, _ in poller.poll()}) != {ended}:
-                piece = os.read(self._output, TAIL)
-                if piece:
+                if self._output in ready:
+                    piece = os.read(self._output, TAIL)
                     self._tail = (self._tail + piece)[-TAIL:]
-                else:
-                    poller.unregister(self._output)
+                    if not piece:
+                        poller.unregister(self._output)
         finally:
             os.close(ended)
             os.close(self._output)
         with self._lock:
-            self._kill()
+            self._guard.close()
             _, status = os.waitpid(self._pid, 0)
             self._pid = 0
         return os.waitstatus_to_exitcode(status)
@@ -74,9 +107,6 @@ class GuestProcess:
     def kill(self) -> None:
         """Kill it; any thread may call this."""
         with self._lock:
-            self._kill()
-
-    def _kill(self) -> None:
-        if self._pid:
-            with suppress(ProcessLookupError):
-                os.killpg(self._pid, signal.SIGKILL)
+            if self._pid:
+                with suppress(ProcessLookupError):
+                    os.killpg(self._pid, signal.SIGKILL)
