@@ -72,11 +72,15 @@ class Linux:
     name: ClassVar[str]
 
     def __init__(self, words: Sequence[str]) -> None:
+        self._words = words
+        self._start()
+
+    def _start(self) -> None:
         keyboard, self._keyboard = os.pipe()
         self._screen, screen = os.pipe()
         self._guard = Guard()
         self.process = subprocess.Popen(
-            words, stdin=keyboard, stdout=screen, stderr=subprocess.STDOUT, start_new_session=True
+            self._words, stdin=keyboard, stdout=screen, stderr=subprocess.STDOUT, start_new_session=True
         )
         self._guard.watch(self.process.pid)
         os.close(keyboard)
@@ -119,10 +123,13 @@ class Linux:
         That is *status* in User-mode Linux.
         """
         self.begin(f"exit {status}")
+        return self._wait()
+
+    def _wait(self) -> int:
         try:
             return self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            raise AssertionError("the guest does not switch itself off") from None
+            raise AssertionError("the guest does not end") from None
 
     def _answer(self, seconds: float) -> Answer:
         deadline = time.monotonic() + seconds
@@ -180,9 +187,16 @@ class UserModeLinux(Linux):
         numbers = {kind: getattr(virtio_ids, f"VIRTIO_ID_{_IDS[kind]}") for kind in _IDS}
         super().__init__([
             "linux.uml", f"mem={memory}M", f"initrd={initrd}", f"uml_dir={directory}",
-            "con=null", "con0=fd:0,fd:1", "console=tty0", "loglevel=4", *arguments,
+            "con=null", "con0=fd:0,fd:1", "console=tty0", "loglevel=4", "noreboot", *arguments,
             *(f"virtio_uml.device={device.path}:{numbers[device.kind]}" for device in devices),
         ])  # fmt: skip
+
+    def reboot(self) -> None:
+        # By itself it hangs at times: it runs the same program again, with signals blocked that it needs.
+        self.begin("reboot -f")
+        self._wait()
+        self.close()
+        self._start()
 
 
 _IDS: dict[Kind, str] = {"blk": "BLOCK", "net": "NET", "console": "CONSOLE", "rng": "RNG"}

@@ -85,16 +85,21 @@ examples:
   run --trace trace.json --exec ping   open the file in ui.perfetto.dev
   run 64 vmlinux --tunnet=192.168.19.1 --block=rootfile root=/dev/vda
   run 64 vmlinux -- -x --y=z           words with dashes for the kernel
+  run --hypervisor uml                 User-mode Linux: a busybox shell, the network configured
+  run --hypervisor uml --exec 'cat /proc/version; ping -c 1 192.168.19.1'
+  run --hypervisor uml --root disk.img  the system that is on a disk
 
 Devices appear on the bus in the order given, the console last.  The built-in guest
 gets what is not named too: a private network, a scratch disk, rng.  A kernel gets all
-three if no device is named.
+three if no device is named.  User-mode Linux gets a network and a disk, is KERNEL if that
+is named, and without --initrd has the host's static busybox for a user space.
 
 ^C goes to the guest; three within a second end the launcher, and so do SIGINT, SIGTERM,
 SIGHUP and SIGQUIT, and a console whose output nobody takes.  At the end of its input
 the guest runs on.
 
-exit status: the guest's verdict, 0 or 1 for the built-in one; 1 if something failed;
+exit status: the guest's verdict, 0 or 1 for the built-in one, its shell's in User-mode
+Linux (any guest there writes it to /proc/exitcode); 1 if something failed;
 2 for a wrong command line; 130 after ^C, 128 and its number after a signal.
 """
 

@@ -488,8 +488,9 @@ def test_a_device_that_fails_while_its_thread_stops_has_failed(line: Line) -> No
         for token in range(2):
             rig.wait_for(token)
         rig.settle(2)
+        before = len(rig.tracer.calls)
         rig.thread.request_stop()
-        eventually(lambda: not rig.sleeps(2), "the thread's attention")
+        eventually(lambda: len(rig.tracer.calls) > before, "the thread's attention")
         line.broken = RuntimeError("broken device")
         line.far.send(bytes(16))
         eventually(lambda: bool(rig.failures), "the failure")

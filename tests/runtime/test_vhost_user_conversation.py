@@ -401,7 +401,9 @@ def test_t11_a_call_may_be_a_pipe_or_a_socket_and_a_full_one_hinders_nothing(fro
     os.set_blocking(writer, False)
     with pytest.raises(BlockingIOError):
         while True:
-            os.write(writer, bytes(4096))
+            os.write(writer, bytes(8))
+    os.set_blocking(writer, True)
+    front.set(abi.VHOST_USER_SET_VRING_CALL, u64(0), [writer])
     for token in range(22):
         ring.driver.enable_interrupts()
         ring.submit(token, b"x", 1)
@@ -412,6 +414,28 @@ def test_t11_a_call_may_be_a_pipe_or_a_socket_and_a_full_one_hinders_nothing(fro
             os.close(reader)
     within(STOP_SECONDS, lambda: front.stop(ring))
     os.close(writer)
+
+
+@pytest.mark.parametrize("kind", ["pipe", "socket"])
+def test_a_full_call_that_its_other_end_makes_block_again_hinders_no_stop(
+    served: Served, front: FrontEnd, kind: str
+) -> None:
+    reader, writer = os.pipe() if kind == "pipe" else (end.detach() for end in socket.socketpair())
+    ring = front.start()
+    os.set_blocking(writer, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(writer, bytes(8))
+    front.set(abi.VHOST_USER_SET_VRING_CALL, u64(0), [writer])
+    os.set_blocking(writer, True)
+    ring.driver.enable_interrupts()
+    ring.submit(0, b"x", 1)
+    eventually(lambda: ring.used == 1, "the answer")
+    time.sleep(0.005)
+    within(STOP_SECONDS, lambda: front.stop(ring))
+    assert served.threads() == []
+    for fd in (reader, writer):
+        os.close(fd)
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -773,6 +797,15 @@ def test_t17_a_ring_that_the_record_has_no_room_for_is_refused(served: Served, f
     assert ring.ask(0, b"x") == b"x"
 
 
+def test_s31_a_record_is_as_long_as_it_has_to_be_whatever_its_file_is(front: FrontEnd) -> None:
+    fd = memfd("record", 1 << 40)
+    front.set(abi.VHOST_USER_SET_INFLIGHT_FD, struct.pack("=QQHH", 1 << 40, 0, 3, 64), [fd])
+    front.set(abi.VHOST_USER_RESET_DEVICE)
+    works_again(front)
+    assert os.fstat(fd).st_blocks * 512 < 1 << 20
+    os.close(fd)
+
+
 @pytest.mark.parametrize(("size", "offset"), [(1 << 20, 0), (1 << 12, 1), (1 << 12, 1 << 62)])
 def test_t17_a_record_that_its_file_does_not_hold_is_refused(front: FrontEnd, size: int, offset: int) -> None:
     fd = memfd("record", 1 << 12)
@@ -820,6 +853,8 @@ def test_a_malformed_chain_stops_its_device_with_one_line_and_signals_the_error(
         beside = untouched.start()
         spoil(rings[2])
         line = served.report()
+        # By themselves, but for one that sleeps outside.
+        eventually(lambda: served.threads() in ([], ["source"]), "the end of its threads")
         assert line.startswith("echo more work: queue 2: outside guest memory (head ")
         assert line.endswith("; the device has stopped until it is reset")
         assert select.select([rings[2].error], [], [], PATIENCE)[0]

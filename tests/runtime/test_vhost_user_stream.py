@@ -1,6 +1,7 @@
 """vhost-user messages over a socket: whole, with descriptors that no other program inherits (T14, Y5)."""
 
 import array
+import errno
 import os
 import socket
 import threading
@@ -109,6 +110,22 @@ def test_a_reply_goes_with_its_descriptors_which_stay_the_senders(
     assert data == Message(31, b"payload").encode()
     assert [os.fstat(each).st_size for each in fds] == [77]
     close_all([*fds, fd])
+
+
+def test_descriptors_are_all_closed_whatever_their_file_systems_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = [memfd("one", 1) for _ in range(3)]
+    close = os.close
+
+    def complain(fd: int) -> None:
+        close(fd)
+        raise OSError(errno.EIO, "what was written is lost")
+
+    monkeypatch.setattr(os, "close", complain)
+    close_all(made)
+    monkeypatch.undo()
+    # But one that is not open is a mistake of ours.
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        close_all(made)
 
 
 def test_a_peer_that_has_gone_is_an_error_and_no_signal(ends: tuple[MessageStream, socket.socket]) -> None:

@@ -6,7 +6,8 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Protocol
 
-from lguestlib.abi.eventfd import BYTES, SIGNAL, eventfd
+from lguestlib.abi import uio
+from lguestlib.abi.eventfd import BYTES, SIGNAL, eventfd, is_eventfd
 from lguestlib.runtime.trace import Tracer
 
 
@@ -59,14 +60,16 @@ class CallInterrupt:
     def __init__(self, fd: int, tracer: Tracer | None = None) -> None:
         self.fd = fd
         self.tracer = tracer
+        # A pipe or a socket that is full cannot be emptied from here: a signal has to end the call.
+        self._write = os.write if is_eventfd(fd) else write_until_interrupted
 
     def signal(self) -> None:
         try:
             if self.tracer is None:
-                os.write(self.fd, SIGNAL)
+                self._write(self.fd, SIGNAL)
             else:
-                self.tracer.traced("write", "interrupt", os.write, self.fd, SIGNAL)
-        except (BlockingIOError, ConnectionError):
+                self.tracer.traced("write", "interrupt", self._write, self.fd, SIGNAL)
+        except (BlockingIOError, InterruptedError, ConnectionError):
             # As many interrupts as there is room for are pending; or the front-end has just gone.
             return
 
@@ -82,6 +85,11 @@ class NoInterrupt:
 
     def unblock(self) -> None:
         """Nothing sleeps."""
+
+
+def write_until_interrupted(fd: int, data: bytes) -> int:
+    """As `os.write`, but a signal ends it.  Raises InterruptedError, other OSErrors as write(2)."""
+    return uio.writev(fd, [memoryview(bytearray(data))])
 
 
 def has_room(fd: int) -> bool:

@@ -13,7 +13,7 @@ from lguestlib.abi.prctl import name_thread
 from lguestlib.memory.image.file import open_image
 from lguestlib.memory.image.image import ImageError
 from lguestlib.runtime.errors import LaunchError
-from lguestlib.runtime.machine import Crash, Outcome, PowerOff, Stopped
+from lguestlib.runtime.machine import Crash, Outcome, PowerOff, Reboot, Stopped
 from lguestlib.runtime.options import MEBIBYTE
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.uml.kernel import UmlKernel
@@ -24,6 +24,7 @@ from lguestlib.virtio.device import Device
 MEMORY_PLACES = ("/dev/shm", "/tmp", "/var/tmp")
 """Where the file goes that is the guest's memory: the first place with room, and not mounted noexec."""
 
+_RESTART = "reboot: Restarting system"
 _PANIC = re.compile(r"Kernel panic - not syncing: (.*)")
 
 
@@ -31,8 +32,7 @@ class UmlMachine:
     """*kernel* with *memory* bytes, its devices' servers and threads; `close` ends them all.
 
     *report* is given lines for people.  With *tracer* the queue threads' system
-    calls are recorded.  A guest that starts over does so by itself, and finds its
-    devices again.  Raises LaunchError.
+    calls are recorded.  Raises LaunchError.
     """
 
     def __init__(
@@ -91,6 +91,8 @@ class UmlMachine:
             f"uml_dir={self._folder.name}",
             # Its own console takes what the kernel says before it has the virtio console, and after.
             "con=null", "con0=null,fd:1", "console=tty0", "console=hvc0", "loglevel=4",
+            # Left to itself it runs the same program again, with signals blocked that it needs, and hangs at times.
+            "noreboot",
             *self._words, *words,
         ]  # fmt: skip
 
@@ -118,9 +120,12 @@ class UmlMachine:
         status = self._process.wait()
         if self._stopping:
             return Stopped()
+        lines = self._process.last_lines
+        if status >= 0 and lines and _RESTART in lines[-1]:
+            return Reboot()
         # A kernel that cannot start says why, and has not come to its drivers.
         if status < 0 or status and not any(queue.kicks for server in self.runners for queue in server.counters):
-            return Crash(_last_words(self._process.last_lines, status))
+            return Crash(_last_words(lines, status))
         return PowerOff(status)
 
     def wait(self) -> Outcome:

@@ -18,7 +18,13 @@ from lguestlib.memory.region import Region
 from lguestlib.runtime.counters import QueueCounters
 from lguestlib.runtime.failure import describe, without_frames
 from lguestlib.runtime.gil import meeting_place
-from lguestlib.runtime.interrupt import CallInterrupt, Interrupt, NoInterrupt, has_room
+from lguestlib.runtime.interrupt import (
+    CallInterrupt,
+    Interrupt,
+    NoInterrupt,
+    has_room,
+    write_until_interrupted,
+)
 from lguestlib.runtime.kick import EventfdKick
 from lguestlib.runtime.queue_thread import QueueEnds, QueueThread
 from lguestlib.runtime.trace import Tracer
@@ -56,7 +62,8 @@ class _SharedKick(EventfdKick):
 
     def signal(self) -> None:
         if has_room(self.fd):
-            super().signal()
+            with suppress(BlockingIOError):
+                super().signal()
 
 
 @dataclass
@@ -184,8 +191,8 @@ class Conversation:
                 self._log_to(area)
             case NewInflight(queues, size):
                 return memfd.memfd("vhost-user-inflight", area_size(queues, size))
-            case MapInflight(area, _, size):
-                self._record_in(area, size)
+            case MapInflight(area, queues, size):
+                self._record_in(area, queues, size)
         return 0
 
     def _map(self, change: MapMemory) -> None:
@@ -214,13 +221,14 @@ class Conversation:
         if before:
             before.close()
 
-    def _record_in(self, area: Area, size: int) -> None:
+    def _record_in(self, area: Area, queues: int, size: int) -> None:
         before = self._inflight
         held = os.fstat(area.fd).st_size
         if area.offset > held or area.size > held - area.offset:
             raise ValueError(f"{area.size:#x} bytes at offset {area.offset:#x} of a file of {held:#x}")
         skip = area.offset % mmap.ALLOCATIONGRANULARITY
-        mapping = mmap.mmap(area.fd, skip + area.size, offset=area.offset - skip)
+        # Not all of the area, whose length is the front-end's.
+        mapping = mmap.mmap(area.fd, skip + area_size(queues, size), offset=area.offset - skip)
         self._inflight = mapping, skip, size
         if before:
             before[0].close()
@@ -345,7 +353,7 @@ class Conversation:
             if told >= 0 and has_room(told):
                 # It may be a pipe that nobody reads any more.
                 with suppress(OSError):
-                    os.write(told, SIGNAL)
+                    write_until_interrupted(told, SIGNAL)
         self._report(f"{where}: {describe(error)}; the device has stopped until it is reset")
 
     def _recovered(self) -> None:

@@ -1,6 +1,7 @@
 """vhost-user messages through a Unix socket, with their descriptors."""
 
 import array
+import errno
 import os
 import socket
 from collections.abc import Iterable
@@ -54,7 +55,8 @@ class MessageStream:
         data = message.encode()
         control = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", message.fds))] if message.fds else []
         sent = self._socket.sendmsg([data], control, socket.MSG_NOSIGNAL | flags)
-        self._socket.sendall(data[sent:], socket.MSG_NOSIGNAL | flags)
+        if sent < len(data):
+            self._socket.sendall(data[sent:], socket.MSG_NOSIGNAL | flags)
 
     def end(self) -> None:
         """Wake whoever sleeps in `receive`: the stream has ended.  Any thread may."""
@@ -70,6 +72,10 @@ class MessageStream:
 
 
 def close_all(fds: Iterable[int]) -> None:
-    """Close descriptors that came with a message."""
+    """Close descriptors that came with a message, whatever their file systems have to say to that."""
     for fd in fds:
-        os.close(fd)
+        try:
+            os.close(fd)
+        except OSError as error:
+            if error.errno == errno.EBADF:
+                raise

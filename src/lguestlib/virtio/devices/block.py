@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from lguestlib.abi import virtio_blk as abi
-from lguestlib.abi.virtio_blk import VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN
+from lguestlib.abi.virtio_blk import VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 from lguestlib.abi.virtio_ids import VIRTIO_ID_BLOCK
 from lguestlib.virtio.chain import Buffers, Chain, part
 from lguestlib.virtio.device import QUEUE_SIZE, Device, Queue
@@ -97,14 +97,15 @@ class Block(Device):
             raise ValueError(f"{name}: {num_queues} queues (1 to {NUM_QUEUES_MAX})")
         self.num_queues = num_queues
         self._backend = backend
-        self._read_into = backend.read
+        self._read_into, self._write_from = backend.read, backend.write
+        self._read_only = backend.read_only
         self._transfers: Transfers | None = None
         if transfer_file is not None:
             self._transfers = Transfers(transfer_file, self.begin_request, self.finish_request)
         # The queues' threads read it, each once for a request; only `resized` writes it.
         self._size = backend.size
         self._requests: dict[int, Callable[[int, Buffers, Buffers], int]] = {
-            abi.VIRTIO_BLK_T_OUT: self._write,
+            VIRTIO_BLK_T_OUT: self._write,
             abi.VIRTIO_BLK_T_FLUSH: self._flush,
             abi.VIRTIO_BLK_T_GET_ID: self._get_id,
             abi.VIRTIO_BLK_T_DISCARD: self._discard,
@@ -185,6 +186,11 @@ class Block(Device):
                 offset = sector * SECTOR
                 if length % SECTOR or length > self._size - offset or self._read_into(data, offset) != length:
                     self._read(sector, data, length)
+            elif kind == VIRTIO_BLK_T_OUT and len(readable[0]) == _HEADER_SIZE and not self._read_only:
+                length, written = chain.readable_length - _HEADER_SIZE, 1 if room == 1 else 0
+                offset = sector * SECTOR
+                if length % SECTOR or length > self._size - offset or self._write_from(readable[1:], offset) != length:
+                    self._write(sector, readable[1:], data)
             elif kind not in self._requests:
                 raise _Refused(abi.VIRTIO_BLK_S_UNSUPP)
             else:
@@ -213,7 +219,7 @@ class Block(Device):
         """The transfer for a request of *kind*; None where there is nothing to transfer."""
         if kind == VIRTIO_BLK_T_IN:
             operation, buffers, length = _READ, data, chain.writable_length - 1
-        elif kind == abi.VIRTIO_BLK_T_OUT:
+        elif kind == VIRTIO_BLK_T_OUT:
             self._writable()
             operation, length = _WRITE, chain.readable_length - _HEADER_SIZE
             buffers = _payload(chain.readable, length)

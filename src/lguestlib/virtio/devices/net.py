@@ -182,6 +182,7 @@ class Net(Device):
         self.merged = MergedReceive(backend.receive)
         """The receive queue's work with VIRTIO_NET_F_MRG_RXBUF negotiated."""
         self._backend = backend
+        self._send = backend.send
         self._offloads = offloads
         self._mergeable = mergeable
 
@@ -217,7 +218,7 @@ class Net(Device):
             self.dropped += 1
             return 0
         try:
-            self._backend.send(chain.readable)
+            self._send(chain.readable)
         except InterruptedError:
             raise
         except OSError:

@@ -1,0 +1,119 @@
+"""A back-end killed outright under load, again and again, while its guest goes on.
+
+QEMU connects to the next one by itself and hands over what was in flight.  One guest
+has a disk of each manner of serving, with a file system or a verifying load at work on
+each at once.  Six times; with LGUESTLIB_LONG=1, 20.
+"""
+
+import re
+import shutil
+import subprocess
+import time
+from pathlib import Path
+from random import Random
+
+import pytest
+import sessions
+from guests.serving import LONG, MIB, Load, listening, sparse
+from linux import Qemu, SocketDevice
+from sessions import Session, check_clean
+from uring import uring_or_skip
+
+KILLS = 20 if LONG else 6
+FILES = 4
+PATIENCE = 60.0
+
+RAW = {"one": (), "two": ("--num-queues", "2"), "uring": ("--num-queues", "2", "--aio", "io_uring")}
+"""The disks that are written past any file system, and their options."""
+
+RAW_SIZE = 8 * MIB
+
+
+def fio(disks: dict[str, str], version: str, *words: str) -> list[str]:
+    """Writes each block of every disk once, in an order of chance, then reads and checks it.
+
+    A block says which *version* it is, 4 bytes in hexadecimal, and where it belongs.
+    """
+    jobs = [word for name, file in disks.items() for word in (f"--name={name}", f"--filename={file}")]
+    return [
+        f"--size={RAW_SIZE}", "--rw=randwrite", "--bs=4k", "--direct=1", "--ioengine=libaio", "--iodepth=16",
+        "--verify=pattern", f"--verify_pattern=0x{version}%o", "--verify_fatal=1", *words, *jobs,
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def tools(tmp_path: Path) -> Path:
+    """A file system's image with fio and its 85 MB of libraries, most of which it never needs."""
+    sessions.programs_or_skip(fio="fio", mke2fs="e2fsprogs", e2fsck="e2fsprogs", debugfs="e2fsprogs")
+    program = shutil.which("fio")
+    assert program
+    listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+    folder = tmp_path / "tools"
+    folder.mkdir()
+    for found in [program, *re.findall(r"(/\S+) \(0x", listed)]:
+        shutil.copy(found, folder)
+    image = sparse(tmp_path / "tools.img", 192 * MIB)
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", folder, image], check=True)
+    return image
+
+
+def test_t17_nothing_is_lost_when_a_back_end_is_killed_under_load(tmp_path: Path, tools: Path) -> None:
+    uring_or_skip()
+    chance = Random(5)
+    images = {name: sparse(tmp_path / f"{name}.img", RAW_SIZE) for name in RAW}
+    images["system"] = sparse(tmp_path / "system.img", 64 * MIB)
+    options = {**RAW, "system": (), "tools": ("--read-only",)}
+    words, devices = ["serve"], []
+    for name, more in options.items():
+        socket = tmp_path / f"{name}.sock"
+        words += ["blk", "--socket-path", str(socket), "--blk-file", str(tmp_path / f"{name}.img"), *more]
+        queues = 2 if "--num-queues" in more else 1
+        devices.append(SocketDevice("blk", socket, f"num-queues={queues}", "reconnect=1"))
+    names = {name: f"/dev/vd{'abcde'[number]}" for number, name in enumerate(options)}
+    subprocess.run(["mke2fs", "-q", "-t", "ext4", images["system"]], check=True)
+
+    def start() -> Session:
+        back_end = Session(*words)
+        listening(back_end, len(options))
+        return back_end
+
+    back_end = start()
+    try:
+        with Qemu(devices, tmp_path, memory=384, words=["-smp", "2"]) as guest:
+            guest.call(f"mkdir /tools && mount -t ext4 -o ro {names['tools']} /tools")
+            guest.call(f"mkdir /system && mount -t ext4 {names['system']} /system")
+            guest.call("dd if=/dev/urandom of=/tmp/blob bs=64k count=64")
+            run = "/tools/ld-linux-x86-64.so.2 --library-path /tools /tools/fio"
+            raw = {name: names[name] for name in RAW}
+            loads = [
+                Load(guest, "fio", " ".join([run, *fio(raw, "$(printf %08x $rounds)")])),
+                Load(
+                    guest, "dd",
+                    f"file=/system/file$((rounds % {FILES})); dd if=/tmp/blob of=$file bs=64k conv=fsync &&"
+                    " echo 1 >/proc/sys/vm/drop_caches && cmp $file /tmp/blob",
+                ),
+            ]  # fmt: skip
+            for _ in range(KILLS):
+                started = time.time()
+                deadline = started + PATIENCE
+                while any(image.stat().st_mtime < started for image in images.values()):
+                    assert time.time() < deadline, "a disk is not written any more"
+                    for load in loads:
+                        load.check()
+                    time.sleep(0.05)
+                time.sleep(chance.uniform(0, 0.5))
+                back_end.process.kill()
+                back_end.process.wait()
+                check_clean(back_end.shown[1])
+                back_end.close()
+                back_end = start()
+            for load in loads:
+                load.goes_on()
+            rounds = [load.stop() for load in loads]
+            assert all(rounds), rounds
+            guest.call(f"for file in /system/*; do cmp $file /tmp/blob || exit; done")
+            blob = guest.call("sha256sum </tmp/blob").split()[0]
+            guest.call("umount /system")
+            assert guest.end() == 0
+    finally:
+        back_end.close()
