@@ -10,6 +10,7 @@ import select
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,8 +80,10 @@ class Linux:
         keyboard, self._keyboard = os.pipe()
         self._screen, screen = os.pipe()
         self._guard = Guard()
+        # Not the screen: it would come in the middle of what the guest shows.
+        self._errors = tempfile.TemporaryFile()
         self.process = subprocess.Popen(
-            self._words, stdin=keyboard, stdout=screen, stderr=subprocess.STDOUT, start_new_session=True
+            self._words, stdin=keyboard, stdout=screen, stderr=self._errors, start_new_session=True
         )
         self._guard.watch(self.process.pid)
         os.close(keyboard)
@@ -137,7 +140,8 @@ class Linux:
             left = deadline - time.monotonic()
             if left <= 0 or self._ended:
                 ended = f"the guest has ended ({self.process.wait(PATIENCE)})" if self._ended else "no answer"
-                raise AssertionError(f"{ended}: {self._shown.decode(errors='replace')}")
+                self._errors.seek(0)
+                raise AssertionError(f"{ended}: {(self._shown + self._errors.read()).decode(errors='replace')}")
             if select.select([self._screen], [], [], left)[0]:
                 piece = os.read(self._screen, 65536)
                 self._ended = not piece
@@ -151,6 +155,7 @@ class Linux:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self._guard.close()
+        self._errors.close()
         os.close(self._keyboard)
         os.close(self._screen)
 
@@ -225,7 +230,8 @@ class Qemu(Linux):
         names = ["virtio_pci", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng"]
         initrd = _initramfs(directory, modules, names, programs)
         super().__init__([
-            "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", str(memory), "-nodefaults", "-display", "none",
+            "qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", str(memory), "-nodefaults",
+            "-display", "none",
             "-object", f"memory-backend-memfd,id=memory,size={memory}M,share=on",
             "-machine", "pc,memory-backend=memory",
             "-chardev", "stdio,id=screen,signal=off", "-serial", "chardev:screen",

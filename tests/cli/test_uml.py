@@ -220,7 +220,8 @@ def test_an_initrd_of_the_users_is_booted_and_gets_the_commands_typed(tmp_path: 
     initrd = tmp_path / "initrd"
     modules = resolve(Path("/usr/lib/uml/modules") / UmlKernel.find().release, ["virtio_console"])
     initrd.write_bytes(make_initramfs(modules).pack())
-    result = run(*UML, "--initrd", str(initrd), "--append", "hostname=mine", "--exec", "echo $((6 * 7)); exit 3")
+    words = ("--append", "hostname=mine", "--exec", "echo $((6 * 7)); exit 3")
+    result = run(*UML, "--initrd", str(initrd), *words)
     assert "\n42\nmine:/root # " in result.output
     assert result.status == 3
 
@@ -263,7 +264,10 @@ def test_its_pings_take_the_seeds_calls() -> None:
         (["64", "/missing"], "kernel /missing: No such file or directory (name a User-mode Linux)"),
         (["64", "/bin/true"], "kernel /bin/true: its --version is no kernel's: no User-mode Linux"),
         (["--initrd", "/missing"], "initrd /missing: No such file or directory"),
-        (["--root", "/missing"], "--root /missing: No such file or directory (truncate -s 64M /missing makes an empty one)"),
+        (
+            ["--root", "/missing"],
+            "--root /missing: No such file or directory (truncate -s 64M /missing makes an empty one)",
+        ),
         (
             ["--block", "vhost-user:/run/disk.sock"],
             "--block vhost-user:/run/disk.sock: User-mode Linux reaches it without us"
@@ -288,7 +292,10 @@ def test_the_built_in_guest_has_no_use_for_a_root_or_an_initrd(word: str) -> Non
     ("missing", "reason"),
     [
         (KERNEL, "uml: linux.uml: not found (apt-get install user-mode-linux)"),
-        ("busybox", "busybox: not found, and the guest's programs are in it (apt-get install busybox-static)"),
+        (
+            "busybox",
+            "busybox: not found, and the guest's programs are in it (apt-get install busybox-static)",
+        ),
     ],
 )
 def test_what_is_not_installed_is_named_with_its_package(missing: str, reason: str, tmp_path: Path) -> None:

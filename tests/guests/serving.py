@@ -89,7 +89,7 @@ class Load:
     @property
     def rounds(self) -> int:
         """How often it has been done."""
-        return int(self._guest.call(f"cat {self._name}/rounds").split()[-1])
+        return int(self._guest.call(f"cat {self._name}/rounds"))
 
     def goes_on(self, rounds: int = 1) -> None:
         """Wait until it has been done so many times more."""

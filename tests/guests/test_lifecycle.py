@@ -23,7 +23,7 @@ from runtime.rigs import eventually
 from sessions import Namespace, Session, tick_seconds
 
 ROUNDS = {"uml": 100, "qemu": 100 if LONG else 20}
-IN_A_ROW = 100 if LONG else 4
+IN_A_ROW = 100 if LONG else 3
 PAUSES = 10
 IDLE_SECONDS = 2.0
 

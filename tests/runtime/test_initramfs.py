@@ -40,7 +40,8 @@ def names(files: list[Path]) -> list[str]:
 def test_what_a_module_needs_goes_before_it_and_no_module_goes_twice(modules: Path) -> None:
     found = resolve(modules, ["virtio_net", "virtio_rng", "failover", "virtio_net"])
     assert names(found) == [
-        "failover.ko", "net_failover.ko", "virtio_net.ko.xz", "virtio.ko", "virtio_ring.ko", "virtio-rng.ko.gz",
+        "failover.ko", "net_failover.ko", "virtio_net.ko.xz",
+        "virtio.ko", "virtio_ring.ko", "virtio-rng.ko.gz",
     ]  # fmt: skip
     assert found[0] == modules / "kernel/net/core/failover.ko"
 

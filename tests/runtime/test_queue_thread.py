@@ -488,7 +488,9 @@ def test_t12_a_thread_in_a_read_from_outside_makes_the_change_and_keeps_its_buff
         assert rig.collect(1) == [(0, 5)]
 
 
-def test_t12_chains_held_for_merging_are_the_drivers_again_when_the_change_is_made(pipe: tuple[int, int]) -> None:
+def test_t12_chains_held_for_merging_are_the_drivers_again_when_the_change_is_made(
+    pipe: tuple[int, int],
+) -> None:
     reader, writer = pipe
     entered = threading.Semaphore(0)
 
@@ -690,7 +692,9 @@ def test_t12_the_ring_before_is_released_when_the_change_is_made() -> None:
             assert released == ["q"] * turn
 
 
-def test_a_stop_that_is_asked_for_just_before_the_thread_looks_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_that_is_asked_for_just_before_the_thread_looks_is_seen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with Rig(Queue("q", taking)) as rig:
         look = rig.thread._make_change
 

@@ -3,6 +3,9 @@
 import os
 import signal
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,11 @@ from lguestlib.abi.virtio_ids import VIRTIO_ID_CONSOLE, VIRTIO_ID_NET, VIRTIO_ID
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.uml import kernel as uml_kernel
 from lguestlib.runtime.uml import machine as uml_machine
+from lguestlib.runtime.uml import terminal as uml_terminal
 from lguestlib.runtime.uml.kernel import UmlKernel
 from lguestlib.runtime.uml.machine import UmlMachine
 from lguestlib.runtime.uml.process import TAIL, GuestProcess
+from lguestlib.runtime.uml.terminal import PatientTerminal
 from lguestlib.virtio.device import Device, Queue
 
 
@@ -118,7 +123,9 @@ def test_a_program_that_is_not_there_leaves_nothing() -> None:
         GuestProcess(["/missing"], os.environ)
 
 
-def test_memory_goes_where_there_is_room_and_code_may_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_memory_goes_where_there_is_room_and_code_may_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     # /proc and /sys have no room.
     monkeypatch.setattr(uml_machine, "MEMORY_PLACES", ("/missing", "/proc", str(tmp_path), "/tmp"))
     assert uml_machine._memory_place(1 << 20) == str(tmp_path)
@@ -133,7 +140,9 @@ def test_memory_goes_where_there_is_room_and_code_may_run(monkeypatch: pytest.Mo
         (["Kernel panic - not syncing: Oh", "CPU: 0", "trace"], -6, "panic: Oh"),
     ],
 )
-def test_a_crash_has_the_reason_a_panic_gives_or_the_last_line(lines: list[str], status: int, reason: str) -> None:
+def test_a_crash_has_the_reason_a_panic_gives_or_the_last_line(
+    lines: list[str], status: int, reason: str
+) -> None:
     assert uml_machine._last_words(lines, status) == reason
 
 
@@ -178,3 +187,38 @@ def test_a_folder_whose_name_is_too_long_for_a_socket_is_refused(
         with pytest.raises(LaunchError, match=r"too long \(TMPDIR=/tmp makes another\)"):
             machine.add(Some(VIRTIO_ID_NET, "net0"))
     assert list(place.iterdir()) == []
+
+
+@contextmanager
+def patient() -> Iterator[tuple[PatientTerminal, int]]:
+    """A terminal whose input is what is written to the descriptor."""
+    reader, keyboard = os.pipe()
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        yield PatientTerminal(reader, null, lambda: None, lambda error: None), keyboard
+    finally:
+        for fd in (reader, keyboard, null):
+            os.close(fd)
+
+
+def test_input_waits_until_the_guest_has_shown_something() -> None:
+    room = memoryview(bytearray(16))
+    with patient() as (terminal, keyboard):
+        os.write(keyboard, b"early")
+        for _ in range(3):
+            with pytest.raises(InterruptedError):
+                terminal.read([room])
+        assert terminal.write([memoryview(bytearray(b"> "))]) == 2
+        assert terminal.read([room]) == 5 and bytes(room[:5]) == b"early"
+
+
+def test_input_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(uml_terminal, "SILENCE_SECONDS", 0.05)
+    room = memoryview(bytearray(16))
+    with patient() as (terminal, keyboard):
+        os.write(keyboard, b"early")
+        begun, length = time.monotonic(), 0
+        while not length:
+            with suppress(InterruptedError):
+                length = terminal.read([room])
+        assert length == 5 and time.monotonic() - begun >= 0.05

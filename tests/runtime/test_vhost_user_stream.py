@@ -59,7 +59,9 @@ def test_a_message_arrives_byte_by_byte_and_is_one(ends: tuple[MessageStream, so
     assert received == [message]
 
 
-def test_y5_descriptors_are_the_receivers_and_no_other_programs(ends: tuple[MessageStream, socket.socket]) -> None:
+def test_y5_descriptors_are_the_receivers_and_no_other_programs(
+    ends: tuple[MessageStream, socket.socket],
+) -> None:
     stream, ours = ends
     made = [memfd(str(number), 1 + number) for number in range(8)]
     sent(ours, Message(5, bytes(20)).encode(), made)

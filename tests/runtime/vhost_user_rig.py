@@ -90,6 +90,11 @@ class Ring:
         """used.idx."""
         return int.from_bytes(self.front.memory.read(GuestAddress(self.layout.used + 2), 2), "little")
 
+    @property
+    def available(self) -> int:
+        """avail.idx."""
+        return int.from_bytes(self.front.memory.read(GuestAddress(self.layout.available + 2), 2), "little")
+
     def new_kick(self) -> None:
         """Another kick from now on, which the server is to be told of."""
         self._retired.append(self.kick)
@@ -173,9 +178,7 @@ class FrontEnd:
 
     # Messages.
 
-    def send(
-        self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = VERSION
-    ) -> None:
+    def send(self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int = VERSION) -> None:
         self.send_bytes(message(request, payload, flags), fds)
 
     def send_bytes(self, data: bytes, fds: Sequence[int] = ()) -> None:

@@ -306,7 +306,9 @@ def test_t18_a_failure_is_told_to_who_asked_and_ends_the_conversation_of_who_did
             )
             talk.end()
         else:
-            assert talk.refused(row.request, payload, row.fds[0], flags) == f"{row.name}: [Errno 12] no memory"
+            assert (
+                talk.refused(row.request, payload, row.fds[0], flags) == f"{row.name}: [Errno 12] no memory"
+            )
 
 
 def test_a_request_that_is_not_known_is_refused() -> None:
@@ -530,7 +532,10 @@ def test_t15_a_base_of_more_than_16_bits_is_refused(base: int) -> None:
 )
 def test_t15_a_ring_that_is_served_keeps_its_size_base_and_place(request_: int, payload: bytes) -> None:
     assert "ring 0 is served" in running().refused(request_, payload)
-    for stopping in ((abi.VHOST_USER_GET_VRING_BASE, state(0)), (abi.VHOST_USER_SET_VRING_ENABLE, state(0, 0))):
+    for stopping in (
+        (abi.VHOST_USER_GET_VRING_BASE, state(0)),
+        (abi.VHOST_USER_SET_VRING_ENABLE, state(0, 0)),
+    ):
         talk = running()
         talk.send(*stopping)
         talk.send(request_, payload)
@@ -926,7 +931,9 @@ def _pool() -> list[tuple[int, bytes, int]]:
     random = Random(3)
     bad = [(request, payload, fds + 1) for request, payload, fds in good]
     bad += [(request, payload + b"\0", fds) for request, payload, fds in good]
-    bad += [(request, random.randbytes(len(payload)), fds) for request, payload, fds in good for _ in range(3)]
+    bad += [
+        (request, random.randbytes(len(payload)), fds) for request, payload, fds in good for _ in range(3)
+    ]
     bad += [(request, b"", fds) for request in (0, 19, 20, 22, 23, 26, 33, 99) for fds in (0, 1, 8)]
     return good * 40 + bad
 
@@ -936,7 +943,12 @@ NEGOTIATION = [(16, u64(OFFERED), 0), (2, u64(FEATURES), 0), (5, table(region())
 STARTING = [
     step
     for index in range(2)
-    for step in ((8, state(index, 8), 0), (9, address(index), 0), (12, u64(index), 1), (18, state(index, 1), 0))
+    for step in (
+        (8, state(index, 8), 0),
+        (9, address(index), 0),
+        (12, u64(index), 1),
+        (18, state(index, 1), 0),
+    )
 ]
 OPENINGS: tuple[list[tuple[int, bytes, int]], ...] = ([], NEGOTIATION, NEGOTIATION + STARTING)
 FLAGS = (1, 9) * 25 + (5,)
@@ -989,7 +1001,9 @@ def transcript(device: Device, seed: int) -> int:
     return count
 
 
-def test_t14_whatever_comes_every_descriptor_is_closed_once_and_nothing_but_protocol_errors_is_raised() -> None:
+def test_t14_whatever_comes_every_descriptor_is_closed_once_and_nothing_but_protocol_errors_is_raised() -> (
+    None
+):
     device = Plain("plain")
     count = 0
     for seed in range(50_000):

@@ -68,7 +68,9 @@ def test_t13_a_region_may_end_with_the_addresses(guest: int, size: int, user: in
         (region(TOP - 0x1000, 0x1000), region(TOP - 1, 1)),
     ],
 )
-def test_t13_regions_that_overlap_are_refused_in_either_order(first: MemoryRegion, second: MemoryRegion) -> None:
+def test_t13_regions_that_overlap_are_refused_in_either_order(
+    first: MemoryRegion, second: MemoryRegion
+) -> None:
     for regions in ([first, second], [second, first]):
         with pytest.raises(ProtocolError, match="overlap"):
             MemoryTable(regions)

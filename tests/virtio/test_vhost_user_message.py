@@ -29,7 +29,7 @@ def feed(reader: MessageReader, data: bytes) -> Message:
 
 def test_a_message_is_a_header_of_three_words_and_its_payload() -> None:
     message = Message(8, b"\1\2\3", flags=9)
-    assert message.encode() == b"\x08\0\0\0" b"\x09\0\0\0" b"\x03\0\0\0" b"\1\2\3"
+    assert message.encode() == b"\x08\0\0\0\x09\0\0\0\x03\0\0\0\1\2\3"
     assert feed(MessageReader(), message.encode()) == message
 
 

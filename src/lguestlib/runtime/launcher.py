@@ -223,7 +223,8 @@ def choose_hypervisor(options: MachineOptions, say: Say) -> HypervisorName:
     if options.hypervisor == "inprocess":
         if options.kernel is not None:
             raise LaunchError(
-                f"--hypervisor inprocess: it cannot run {options.kernel} (leave the kernel away, or use kvm or uml)"
+                f"--hypervisor inprocess: it cannot run {options.kernel}"
+                " (leave the kernel away, or use kvm or uml)"
             )
         return "inprocess"
     try:

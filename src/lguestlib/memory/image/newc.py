@@ -61,7 +61,7 @@ class NewcArchive:
         if name in self._modes:
             raise ValueError(f"{path}: is in the archive already")
         if not all(0 <= number <= FIELD_MAX for number in (len(data), *device)):
-            raise ValueError(f"{path}: {len(data)} bytes, device {device}: 32 bits hold no more than {FIELD_MAX}")
+            raise ValueError(f"{path}: {len(data)} bytes, device {device}: 32 bits hold {FIELD_MAX}")
         for depth in range(1, len(components)):
             parent = b"/".join(components[:depth])
             if parent not in self._modes:
@@ -86,7 +86,8 @@ def _entry(
     name: bytes, inode: int = 0, mode: int = 0, data: bytes = b"", device: tuple[int, int] = (0, 0)
 ) -> list[bytes]:
     links = 2 if stat.S_ISDIR(mode) else 1
-    # c_ino, c_mode, c_uid, c_gid, c_nlink, c_mtime, c_filesize, c_maj, c_min, c_rmaj, c_rmin, c_namesize, c_chksum
+    # c_ino, c_mode, c_uid, c_gid, c_nlink, c_mtime, c_filesize, c_maj, c_min, c_rmaj, c_rmin, c_namesize,
+    # c_chksum
     fields = (inode, mode, 0, 0, links, 0, len(data), 0, 0, *device, len(name) + 1, 0)
     head = MAGIC + b"".join(b"%08x" % field for field in fields) + name + b"\0"
     return [head, bytes(-len(head) % 4), data, bytes(-len(data) % 4)]

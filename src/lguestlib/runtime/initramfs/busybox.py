@@ -30,7 +30,7 @@ def find_busybox(path: str | None = None) -> str:
 
 
 def is_static(path: str | os.PathLike[str]) -> bool:
-    """Whether the file is an executable that needs no interpreter to load libraries for it (ELF, PT_INTERP)."""
+    """Whether the file is an executable without an interpreter to load libraries for it (ELF, PT_INTERP)."""
     try:
         with open_image(path) as data:
             return data[:4] == elf.ELFMAG and not any(kind == elf.PT_INTERP for kind in _segments(data))
@@ -47,4 +47,5 @@ def _segments(data: memoryview) -> list[int]:
     else:
         header, kind = elf.Elf64_Ehdr.from_buffer_copy(data), elf.Elf64_Phdr
     size = ctypes.sizeof(kind)
-    return [kind.from_buffer_copy(data, header.e_phoff + index * size).p_type for index in range(header.e_phnum)]
+    places = range(header.e_phoff, header.e_phoff + header.e_phnum * size, size)
+    return [kind.from_buffer_copy(data, place).p_type for place in places]

@@ -24,7 +24,7 @@ def resolve(modules: Path, names: Iterable[str]) -> list[Path]:
         if name in order or name in built_in:
             return
         if name not in needs:
-            raise LaunchError(f"{modules}: the kernel has no module {name} (it was built without that driver)")
+            raise LaunchError(f"{modules}: the kernel has no module {name} (built without that driver)")
         file, needed = needs[name]
         for other in needed:
             add(_name(other))

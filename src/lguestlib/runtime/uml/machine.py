@@ -91,7 +91,7 @@ class UmlMachine:
             f"uml_dir={self._folder.name}",
             # Its own console takes what the kernel says before it has the virtio console, and after.
             "con=null", "con0=null,fd:1", "console=tty0", "console=hvc0", "loglevel=4",
-            # Left to itself it runs the same program again, with signals blocked that it needs, and hangs at times.
+            # Left to itself it runs the same program again, with signals blocked that it needs, and may hang.
             "noreboot",
             *self._words, *words,
         ]  # fmt: skip
@@ -124,7 +124,8 @@ class UmlMachine:
         if status >= 0 and lines and _RESTART in lines[-1]:
             return Reboot()
         # A kernel that cannot start says why, and has not come to its drivers.
-        if status < 0 or status and not any(queue.kicks for server in self.runners for queue in server.counters):
+        came_up = any(queue.kicks for server in self.runners for queue in server.counters)
+        if status < 0 or status and not came_up:
             return Crash(_last_words(lines, status))
         return PowerOff(status)
 

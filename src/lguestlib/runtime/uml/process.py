@@ -29,7 +29,7 @@ class Guard:
         try:
             self._pid = os.posix_spawn(
                 "/bin/sh", ["sh", "-c", _GUARD], {},
-                file_actions=[(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((reader, 0), (null, 1), (null, 2))],
+                file_actions=_as_standard(reader, null),
                 setsid=True, setsigmask=(), setsigdef=_DEFAULT,
             )  # fmt: skip
         except BaseException:
@@ -65,7 +65,7 @@ class GuestProcess:
             # No code of ours between fork and exec, which threads would not bear.
             self._pid = os.posix_spawn(
                 words[0], list(words), environment,
-                file_actions=[(os.POSIX_SPAWN_DUP2, fd, to) for fd, to in ((null, 0), (output, 1), (output, 2))],
+                file_actions=_as_standard(null, output),
                 setsid=True, setsigmask=(), setsigdef=_DEFAULT,
             )  # fmt: skip
         except BaseException:
@@ -78,7 +78,7 @@ class GuestProcess:
         self._guard.watch(self._pid)
 
     def wait(self) -> int:
-        """Sleep until it ends; its exit status, or the negative number of the signal that killed it.  Once."""
+        """Sleep until it ends; its exit status, or a negative number, the signal's that killed it.  Once."""
         ended = os.pidfd_open(self._pid)
         try:
             poller = select.poll()
@@ -110,3 +110,8 @@ class GuestProcess:
             if self._pid:
                 with suppress(ProcessLookupError):
                     os.killpg(self._pid, signal.SIGKILL)
+
+
+def _as_standard(given: int, output: int) -> list[tuple[int, int, int]]:
+    """What makes *given* the standard input of a process to be, and *output* the other two."""
+    return [(os.POSIX_SPAWN_DUP2, fd, number) for number, fd in enumerate((given, output, output))]
