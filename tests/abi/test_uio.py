@@ -8,7 +8,7 @@ import pytest
 
 from abi.interruption import interrupted
 from lguestlib.abi.memfd import memfd
-from lguestlib.abi.uio import UIO_MAXIOV, preadv, pwritev, readv, writev
+from lguestlib.abi.uio import UIO_MAXIOV, preadv, pwritev, readv, write, writev
 
 HUGE = (1 << 32) + 5
 """An offset that 32 bits do not hold."""
@@ -35,6 +35,15 @@ def _views(*sizes: int) -> list[memoryview]:
 
 def _text(*parts: bytes) -> list[memoryview]:
     return [memoryview(bytearray(part)) for part in parts]
+
+
+def fill(pipe: int) -> None:
+    """Until one more page would block."""
+    os.set_blocking(pipe, False)
+    with pytest.raises(BlockingIOError):
+        while True:
+            os.write(pipe, bytes(4096))
+    os.set_blocking(pipe, True)
 
 
 def test_a_vector_is_written_and_read_in_order(pipe: tuple[int, int]) -> None:
@@ -133,9 +142,17 @@ def test_y3_a_blocked_readv_is_interrupted(pipe: tuple[int, int]) -> None:
 
 
 def test_y3_a_blocked_writev_is_interrupted(pipe: tuple[int, int]) -> None:
-    os.set_blocking(pipe[1], False)
-    with pytest.raises(BlockingIOError):
-        while True:
-            os.write(pipe[1], bytes(4096))
-    os.set_blocking(pipe[1], True)
+    fill(pipe[1])
     assert isinstance(interrupted(lambda: writev(pipe[1], _text(b"x" * 4096))), InterruptedError)
+
+
+def test_bytes_are_written(pipe: tuple[int, int]) -> None:
+    assert write(pipe[1], b"with a \0 inside") == 15
+    assert os.read(pipe[0], 64) == b"with a \0 inside"
+    with pytest.raises(OSError, match=f"write: Bad file descriptor: {pipe[0]}$"):
+        write(pipe[0], b"x")
+
+
+def test_y3_a_blocked_write_is_interrupted(pipe: tuple[int, int]) -> None:
+    fill(pipe[1])
+    assert isinstance(interrupted(lambda: write(pipe[1], b"x" * 4096)), InterruptedError)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 import sessions
-from guests.serving import GUESTS, MIB, occupied, serving, sparse
-from linux import Linux, SocketDevice
+from guests.serving import MIB, occupied, serving, sparse
+from linux import Linux, Qemu, SocketDevice, UserModeLinux
 from sessions import Session
 
 TREE = 64
@@ -108,7 +108,7 @@ def mount_namespace() -> list[str]:
     return words
 
 
-@pytest.fixture(scope="module", params=list(GUESTS))
+@pytest.fixture(scope="module", params=["uml", "qemu"])
 def rig(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
     folder = tmp_path_factory.mktemp("disks")
     setup = (
@@ -134,9 +134,9 @@ def rig(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.T
         devices.append(SocketDevice("blk", socket, f"num-queues={2 if name == 'system' else 1}"))
     with serving(*words, sockets=len(Rig.names), prefix=prefix) as back_end:
         if request.param == "qemu":
-            guest: Linux = GUESTS["qemu"](devices, folder, programs=["mke2fs"], words=["-smp", "2"])
+            guest: Linux = Qemu(devices, folder, programs=["mke2fs"], words=["-smp", "2"])
         else:
-            guest = GUESTS["uml"](devices, folder, programs=["mke2fs"])
+            guest = UserModeLinux(devices, folder, programs=["mke2fs"])
         with guest:
             yield Rig(guest, back_end, folder)
             assert guest.end() == 0

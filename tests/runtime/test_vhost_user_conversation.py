@@ -1,4 +1,4 @@
-"""A device served to a front-end: its rings start, stop, and change under load, and nothing is lost (T8 to T12)."""
+"""A device served to a front-end: rings start, stop and change under load, and lose nothing (T8 to T12)."""
 
 import os
 import random

@@ -169,17 +169,25 @@ HOSTILE = {
     "a message in halves and its end": Hostile(
         in_pieces((MEM_TABLE[:3], 1), (MEM_TABLE[3:50], 2), (MEM_TABLE[50:], 0)), "8 regions, 3 descriptors"
     ),
-    "an announced payload too long": Hostile(sends(struct.pack("=III", 2, VERSION, 4097)), "4097 bytes announced"),
+    "an announced payload too long": Hostile(
+        sends(struct.pack("=III", 2, VERSION, 4097)), "4097 bytes announced"
+    ),
     "an endless payload": Hostile(sends(struct.pack("=III", 2, VERSION, 0xFFFF_FFFF), 2), "4294967295 bytes"),
-    "a payload too short": Hostile(sends(message(abi.VHOST_USER_SET_FEATURES, bytes(7))), "7 bytes of payload"),
-    "a payload of 4096 bytes": Hostile(sends(message(abi.VHOST_USER_SET_FEATURES, bytes(4096))), "4096 bytes"),
+    "a payload too short": Hostile(
+        sends(message(abi.VHOST_USER_SET_FEATURES, bytes(7))), "7 bytes of payload"
+    ),
+    "a payload of 4096 bytes": Hostile(
+        sends(message(abi.VHOST_USER_SET_FEATURES, bytes(4096))), "4096 bytes"
+    ),
     "version 0": Hostile(sends(message(1, flags=0)), "flags 0x0 are not of version 1"),
     "version 2": Hostile(sends(message(1, flags=2), 1), "flags 0x2 are not of version 1"),
     "a reply": Hostile(sends(message(1, flags=VERSION | REPLY), 1), "GET_FEATURES: marked as a reply"),
     "no request": Hostile(sends(message(0)), "request 0: not known here"),
     "a request nobody knows": Hostile(sends(message(0xFFFF_FFFF, bytes(100)), 4), "not known here"),
     "nine descriptors": Hostile(sends(MEM_TABLE, 9), "more than 8 descriptors"),
-    "nine in two pieces": Hostile(in_pieces((MEM_TABLE[:12], 5), (MEM_TABLE[12:], 4)), "more than 8 descriptors"),
+    "nine in two pieces": Hostile(
+        in_pieces((MEM_TABLE[:12], 5), (MEM_TABLE[12:], 4)), "more than 8 descriptors"
+    ),
     "eleven": Hostile(sends(MEM_TABLE, 11), "were cut off: too many"),
     "two hundred": Hostile(sends(MEM_TABLE, 200), "were cut off: too many"),
     "two hundred after one": Hostile(in_pieces((MEM_TABLE[:12], 1), (MEM_TABLE[12:], 200)), "were cut off"),
@@ -194,7 +202,8 @@ HOSTILE = {
         "SET_MEM_TABLE: memory region: 0x400000 bytes at offset 0x0 of a file of 0x1000",
     ),
     "a log that is not there": Hostile(
-        sends(message(abi.VHOST_USER_SET_LOG_BASE, u64(0x1001) + u64(0)), 1), "SET_LOG_BASE: dirty log: 0x1001"
+        sends(message(abi.VHOST_USER_SET_LOG_BASE, u64(0x1001) + u64(0)), 1),
+        "SET_LOG_BASE: dirty log: 0x1001",
     ),
     "a record that is not there": Hostile(
         in_pieces(
@@ -203,16 +212,23 @@ HOSTILE = {
         ),
         "SET_INFLIGHT_FD: 0x1001 bytes at offset 0x0 of a file of 0x1000",
     ),
-    "a kick that is a file": Hostile(gives(abi.VHOST_USER_SET_VRING_KICK, a_file), "KICK: the descriptor is not"),
+    "a kick that is a file": Hostile(
+        gives(abi.VHOST_USER_SET_VRING_KICK, a_file), "KICK: the descriptor is not"
+    ),
     "a kick that is a pipe": Hostile(gives(abi.VHOST_USER_SET_VRING_KICK, a_pipes_end), "is not an eventfd"),
     "a kick that is a socket": Hostile(gives(abi.VHOST_USER_SET_VRING_KICK, a_socket), "is not an eventfd"),
-    "a call that is a file": Hostile(gives(abi.VHOST_USER_SET_VRING_CALL, a_file), "is not an eventfd, a pipe"),
-    "an error that is a file": Hostile(gives(abi.VHOST_USER_SET_VRING_ERR, a_file), "is not an eventfd, a pipe"),
+    "a call that is a file": Hostile(
+        gives(abi.VHOST_USER_SET_VRING_CALL, a_file), "is not an eventfd, a pipe"
+    ),
+    "an error that is a file": Hostile(
+        gives(abi.VHOST_USER_SET_VRING_ERR, a_file), "is not an eventfd, a pipe"
+    ),
     "a kick for no ring": Hostile(
         gives(abi.VHOST_USER_SET_VRING_KICK, eventfd, u64(3)), "SET_VRING_KICK: ring 3 of 3"
     ),
     "a channel that is a file": Hostile(
-        gives(abi.VHOST_USER_SET_BACKEND_REQ_FD, a_file, b""), "BACKEND_REQ_FD: the descriptor is not a socket"
+        gives(abi.VHOST_USER_SET_BACKEND_REQ_FD, a_file, b""),
+        "BACKEND_REQ_FD: the descriptor is not a socket",
     ),
     "no kick at all": Hostile(
         sends(message(abi.VHOST_USER_SET_VRING_KICK, u64(0x100))), "would have to be polled (T11)"
@@ -220,7 +236,7 @@ HOSTILE = {
     "a size while served": Hostile(
         sends(message(abi.VHOST_USER_SET_VRING_NUM, state(0, 8))), "SET_VRING_NUM: ring 0 is served"
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", HOSTILE)
@@ -475,9 +491,18 @@ def failed(served: Served, front: FrontEnd) -> None:
 
 
 STATES = [
-    idle, disconnected, inside_a_header, inside_a_payload, asleep, asleep_outside, busy, not_heard, kicked_for_ever,
-    answers_not_read, failed,
-]  # fmt: skip
+    idle,
+    disconnected,
+    inside_a_header,
+    inside_a_payload,
+    asleep,
+    asleep_outside,
+    busy,
+    not_heard,
+    kicked_for_ever,
+    answers_not_read,
+    failed,
+]
 
 
 @pytest.mark.parametrize("state_", STATES, ids=lambda state: state.__name__)

@@ -1,4 +1,4 @@
-"""Servers to be killed: each line on standard input has a new one on the listening socket that is the first argument.
+"""Servers to be killed: each line on standard input has a new one, on the socket of the first argument.
 
 It answers with the process, which is forked off from one with a single thread.
 The device is a disk, whose image is the second argument, or an echo.

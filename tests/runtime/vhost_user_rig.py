@@ -1,4 +1,4 @@
-"""A vhost-user front-end written by hand, for servers to be tested with: it does what it is told, good or bad."""
+"""A vhost-user front-end written by hand, to test servers with: it does what it is told, good or bad."""
 
 import array
 import os
@@ -131,7 +131,7 @@ class Ring:
         return self.front.memory.read(self.buffer(2 * token + 1, written).address, written)
 
     def collect(self, count: int) -> list[tuple[int, int]]:
-        """Sleep on the interrupt until *count* requests have come back: each a token and the bytes written."""
+        """Sleep on the interrupt until *count* requests are back: each a token and the bytes written."""
         done: list[tuple[int, int]] = []
         while True:
             done += self.driver.reap()
@@ -186,7 +186,7 @@ class FrontEnd:
         assert self.socket.sendmsg([data], control) == len(data)
 
     def receive(self) -> tuple[int, int, bytes, list[int]]:
-        """Request, flags, payload and descriptors of a reply.  Raises EOFError where there is none any more."""
+        """Request, flags, payload and descriptors of a reply.  Raises EOFError where there is no more."""
         header, fds, _, _ = socket.recv_fds(self.socket, _HEADER.size, _FDS_MAX)
         if not header:
             raise EOFError

@@ -564,7 +564,9 @@ def test_a_rings_place_is_told_in_the_front_ends_addresses_and_found_in_the_gues
     )
 
 
-@pytest.mark.parametrize("kind", [abi.VHOST_USER_SET_VRING_KICK, abi.VHOST_USER_SET_VRING_CALL, abi.VHOST_USER_SET_VRING_ERR])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind", [abi.VHOST_USER_SET_VRING_KICK, abi.VHOST_USER_SET_VRING_CALL, abi.VHOST_USER_SET_VRING_ERR]
+)
 def test_t11_the_no_fd_bit_and_the_descriptor_agree_and_no_other_bit_is_known(kind: int) -> None:
     for number, fds in ((0x100, 1), (0, 0), *((1 << bit, fds) for bit in range(9, 64) for fds in (0, 1))):
         assert f"{number:#x} with {fds} descriptors" in fresh().refused(kind, u64(number), fds)
@@ -914,7 +916,7 @@ class Plain(Device):
 
 
 def _pool() -> list[tuple[int, bytes, int]]:
-    """Requests, their payloads and how many descriptors, good and bad: those that are taken are more likely."""
+    """Requests, payloads and how many descriptors, good and bad: those that are taken are more likely."""
     good = [(row.request, row.payload, fds) for row in TABLE for fds in set(row.fds)]
     for index in range(2):
         good += [

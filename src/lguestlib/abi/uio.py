@@ -1,4 +1,4 @@
-"""readv(2) and its family with EINTR visible, linux/uio.h.
+"""readv(2) and its family, and write(2), with EINTR visible, linux/uio.h.
 
 For the reads and writes that may block for ever and must be interruptible (a
 network's next packet, a terminal); everything else is better served by
@@ -50,6 +50,11 @@ def _bound(name: str) -> Callable[..., int]:
 
 
 @cache
+def _bound_write() -> Callable[..., int]:
+    return function("write", ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, result=ctypes.c_ssize_t)
+
+
+@cache
 def _bound_at(name: str) -> Callable[..., int]:
     return large_file_function(name, *_VECTOR, ctypes.c_int64, result=ctypes.c_ssize_t)
 
@@ -70,6 +75,14 @@ def writev(fd: int, buffers: Sequence[memoryview]) -> int:
     """
     words = vector(buffers)
     return check(_bound("writev")(fd, words.buffer_info()[0], len(buffers)), "writev", fd)
+
+
+def write(fd: int, data: bytes) -> int:
+    """Write *data*, and return the bytes written, which may be fewer.
+
+    Raises InterruptedError when a signal arrives first, other OSErrors as write(2).
+    """
+    return check(_bound_write()(fd, data, len(data)), "write", fd)
 
 
 def preadv(fd: int, buffers: Sequence[memoryview], offset: int) -> int:

@@ -61,7 +61,7 @@ class CallInterrupt:
         self.fd = fd
         self.tracer = tracer
         # A pipe or a socket that is full cannot be emptied from here: a signal has to end the call.
-        self._write = os.write if is_eventfd(fd) else write_until_interrupted
+        self._write = os.write if is_eventfd(fd) else uio.write
 
     def signal(self) -> None:
         try:
@@ -85,11 +85,6 @@ class NoInterrupt:
 
     def unblock(self) -> None:
         """Nothing sleeps."""
-
-
-def write_until_interrupted(fd: int, data: bytes) -> int:
-    """As `os.write`, but a signal ends it.  Raises InterruptedError, other OSErrors as write(2)."""
-    return uio.writev(fd, [memoryview(bytearray(data))])
 
 
 def has_room(fd: int) -> bool:

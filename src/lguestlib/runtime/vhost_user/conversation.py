@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from lguestlib.abi import memfd
+from lguestlib.abi import memfd, uio
 from lguestlib.abi import vhost_user as abi
 from lguestlib.abi.eventfd import SIGNAL, is_eventfd
 from lguestlib.memory.dirty_log import DirtyLog
@@ -18,13 +18,7 @@ from lguestlib.memory.region import Region
 from lguestlib.runtime.counters import QueueCounters
 from lguestlib.runtime.failure import describe, without_frames
 from lguestlib.runtime.gil import meeting_place
-from lguestlib.runtime.interrupt import (
-    CallInterrupt,
-    Interrupt,
-    NoInterrupt,
-    has_room,
-    write_until_interrupted,
-)
+from lguestlib.runtime.interrupt import CallInterrupt, Interrupt, NoInterrupt, has_room
 from lguestlib.runtime.kick import EventfdKick
 from lguestlib.runtime.queue_thread import QueueEnds, QueueThread
 from lguestlib.runtime.trace import Tracer
@@ -353,7 +347,7 @@ class Conversation:
             if told >= 0 and has_room(told):
                 # It may be a pipe that nobody reads any more.
                 with suppress(OSError):
-                    write_until_interrupted(told, SIGNAL)
+                    uio.write(told, SIGNAL)
         self._report(f"{where}: {describe(error)}; the device has stopped until it is reset")
 
     def _recovered(self) -> None:
