@@ -53,6 +53,7 @@ class DeviceRunner:
         self._threads: dict[int, QueueThread] = {}
         # Held by whoever starts or stops threads, never by a queue's thread.
         self._lock = threading.Lock()
+        self._failing = threading.Lock()
         device.on_config_change = self._config_changed
 
     def read(self, offset: int, size: int) -> bytes:
@@ -108,6 +109,9 @@ class DeviceRunner:
         )  # fmt: skip
         self._threads[index] = thread
         thread.start()
+        if self.failure:
+            # Another has failed meanwhile, and did not know of this one.
+            thread.request_stop()
 
     def _stop(self, indices: list[int]) -> None:
         threads = [self._threads.pop(index) for index in indices if index in self._threads]
@@ -121,9 +125,10 @@ class DeviceRunner:
 
     def _fail(self, where: str, error: Exception) -> None:
         """The device stops working until the driver resets it (virtio 1.3, 2.1.2)."""
-        if self.failure:
-            return
-        self.failure = without_frames(error)
+        with self._failing:
+            if self.failure:
+                return
+            self.failure = without_frames(error)
         for thread in list(self._threads.values()):
             thread.request_stop()
         self.transport.fail()
