@@ -126,7 +126,7 @@ def test_what_is_idle_uses_no_processor_time(host: Host, guest: Linux) -> None:
     before = tick_seconds(host.back_end.pid)
     time.sleep(IDLE_SECONDS)
     # The network's neighbours may have a word to say.
-    assert tick_seconds(host.back_end.pid) - before <= 0.01
+    assert tick_seconds(host.back_end.pid) - before < 0.025
 
 
 def test_every_driver_taken_off_and_put_back_leaves_the_device_working(host: Host, guest: Linux) -> None:

@@ -9,14 +9,14 @@ from lguestlib.abi import virtio_blk as abi
 from lguestlib.abi.virtio_blk import VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT
 from lguestlib.abi.virtio_ids import VIRTIO_ID_BLOCK
 from lguestlib.virtio.chain import Buffers, Chain, part
-from lguestlib.virtio.device import QUEUE_SIZE, Device, Queue
+from lguestlib.virtio.device import Device, Queue
 from lguestlib.virtio.transfer import Operation, Transfer, Transfers
 
 SECTOR = 512
 """The unit of sector numbers and of capacity, in bytes, whatever the block size (5.2.4)."""
 
-SEGMENTS_MAX = QUEUE_SIZE - 2
-"""Data buffers in one request: the queue less header and status."""
+SEGMENTS_MAX = 126
+"""Data buffers in one request: with header and status, all of a ring of 128, as vhost-user front-ends make them."""
 
 NUM_QUEUES_MAX = 256
 """Request queues: as many as vhost-user can number."""
