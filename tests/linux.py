@@ -281,4 +281,9 @@ def _add_programs(archive: NewcArchive, programs: Sequence[str]) -> None:
         archive.file(library.removeprefix("/"), Path(library).read_bytes(), 0o755)
 
 
-_PACKAGES = {"mke2fs": "e2fsprogs", "e2fsck": "e2fsprogs"}
+_PACKAGES = {
+    "mke2fs": "e2fsprogs",
+    "e2fsck": "e2fsprogs",
+    "nc.openbsd": "netcat-openbsd",
+    "ping": "iputils-ping",
+}

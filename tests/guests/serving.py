@@ -56,6 +56,14 @@ class Held(NamedTuple):
         return cls(len(os.listdir(process / "fd")), len(os.listdir(process / "task")), len(shared))
 
 
+def holds_again(pid: int, before: Held) -> None:
+    """Wait until the process *pid* holds what it did *before*."""
+    deadline = time.monotonic() + sessions.PATIENCE
+    while (now := Held.by(pid)) != before:
+        assert time.monotonic() < deadline, f"{now}, and {before} before"
+        time.sleep(0.01)
+
+
 def sparse(path: Path, size: int) -> Path:
     """An image of *size* bytes at *path* that takes no room yet."""
     with path.open("xb") as file:

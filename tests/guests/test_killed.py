@@ -3,16 +3,21 @@
 QEMU connects to the next one by itself and hands over what was in flight.  One guest
 has a disk of each manner of serving, with a file system or a verifying load at work on
 each at once.  Six times; with LGUESTLIB_LONG=1, 20.
+
+SIGKILL comes at any moment, or from strace as a thread enters a call that serves a
+request, which is in flight then for certain.
 """
 
 import os
 import re
 import shutil
+import signal
 import subprocess
 import time
 from hashlib import sha256
 from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 import pytest
 import sessions
@@ -36,6 +41,21 @@ RAW: dict[str, tuple[str, ...]] = {
 Requests to the last, where its file system has O_DIRECT, come back in any order.
 """
 
+class Moment(NamedTuple):
+    """As a thread enters such a *call* for that *disk*, or any; it is one of the first *within*."""
+
+    call: str
+    disk: str = ""
+    within: int = 10
+
+
+DATA_CALLS = "/^p(read|write)v"
+MOMENTS = [
+    None, Moment(DATA_CALLS, "one"), Moment("io_uring_enter"),
+    Moment(DATA_CALLS, "two"), None, Moment("fdatasync", "system", 2),
+]  # fmt: skip
+"""One after another; None is any moment."""
+
 RAW_SIZE = (8 if LONG else 2) * MIB
 
 
@@ -52,6 +72,24 @@ def fio(disks: dict[str, str], version: str, *words: str) -> list[str]:
     ]  # fmt: skip
 
 
+def kill(back_end: Session, moment: Moment | None, chance: Random, folder: Path) -> None:
+    """Kill it, in that *moment*."""
+    if moment is None:
+        time.sleep(chance.uniform(0, 0.5))
+        back_end.process.kill()
+    else:
+        words = ["-f", "-o", "/dev/null"]
+        words.append(f"--inject={moment.call}:signal=KILL:when={chance.randint(1, moment.within)}")
+        if moment.disk:
+            words.append(f"--trace-path={folder / moment.disk}.img")
+        with Session(*words, "-p", str(back_end.pid), command=["strace"]) as strace:
+            strace.expect("attached", messages=True)
+            back_end.process.wait(PATIENCE)
+    assert back_end.process.wait() == -signal.SIGKILL
+    check_clean(back_end.shown[1])
+    back_end.close()
+
+
 def has_direct(image: Path) -> bool:
     """Whether the file system of *image* has O_DIRECT."""
     try:
@@ -64,7 +102,7 @@ def has_direct(image: Path) -> bool:
 @pytest.fixture
 def tools(tmp_path: Path) -> Path:
     """A file system's image with fio and its 85 MB of libraries, most of which it never needs."""
-    sessions.programs_or_skip(fio="fio", mke2fs="e2fsprogs", e2fsck="e2fsprogs", debugfs="e2fsprogs")
+    sessions.programs_or_skip(fio="fio", mke2fs="e2fsprogs", e2fsck="e2fsprogs", debugfs="e2fsprogs", strace="strace")
     program = shutil.which("fio")
     assert program
     listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
@@ -115,16 +153,12 @@ def test_t17_nothing_is_lost_when_a_back_end_is_killed_under_load(tmp_path: Path
                     " echo 1 >/proc/sys/vm/drop_caches && cmp $file /tmp/blob",
                 ),
             ]  # fmt: skip
-            for _ in range(KILLS):
+            for number in range(KILLS):
                 restarted = time.time()
                 while images["system"].stat().st_mtime < restarted:
                     assert time.time() < restarted + PATIENCE, "the disk is not written any more"
                     time.sleep(0.02)
-                time.sleep(chance.uniform(0, 1))
-                back_end.process.kill()
-                back_end.process.wait()
-                check_clean(back_end.shown[1])
-                back_end.close()
+                kill(back_end, MOMENTS[number % len(MOMENTS)], chance, tmp_path)
                 back_end = start()
             # What was begun before the last kill comes to its end.
             passes, files = (load.stop() for load in loads)

@@ -2,9 +2,8 @@
 
 from pathlib import Path
 
-from guests.serving import MIB, Held, bind_anew, compressible, serving, sparse
+from guests.serving import MIB, Held, bind_anew, compressible, holds_again, serving, sparse
 from linux import Qemu, SocketDevice
-from runtime.rigs import eventually
 
 ROUNDS = 100
 MORE = 1 << 16
@@ -19,11 +18,11 @@ def test_what_a_guest_draws_is_random_and_goes_on_after_its_driver_was_bound_ane
     with serving(*words, sockets=2) as back_end:
         with Qemu([SocketDevice("rng", rng), SocketDevice("blk", disk, "num-queues=1")], tmp_path) as guest:
             assert guest.call("cat /sys/class/misc/hw_random/rng_current") == "virtio_rng.0\n"
-            held = Held.by(back_end.pid)
             guest.call(f"{draw} count={MIB // 4096}")
+            held = Held.by(back_end.pid)
             guest.call(bind_anew("virtio_rng", ROUNDS))
             guest.call(f"{draw} seek={MIB // 4096} count={MORE // 4096}")
-            eventually(lambda: Held.by(back_end.pid) == held, f"as much in use as before: {held}")
+            holds_again(back_end.pid, held)
             assert guest.end() == 0
     drawn = image.read_bytes()
     assert not compressible(drawn[:MIB]) and not compressible(drawn[MIB:])
