@@ -194,7 +194,7 @@ def test_each_queue_is_used(rig: Rig) -> None:
         rig.guest.call(f"taskset {1 << queue} {rig.read('system', 0, 50)}")
     after = interrupts(), switches()
     for old, new in zip(before, after):
-        assert all(last - first >= 25 for first, last in zip(old, new)), (before, after)
+        assert all(last > first for first, last in zip(old, new)), (before, after)
 
 
 def test_a_large_disk_is_used_to_its_end_and_stays_sparse(rig: Rig) -> None:
