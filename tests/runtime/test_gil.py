@@ -5,14 +5,19 @@ import sys
 
 import pytest
 
+from lguestlib.runtime import gil
 from lguestlib.runtime.gil import meeting_place
 
 
-def test_meeting_places_are_spread_over_the_processors_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_has_one_meeting_place_and_not_every_process_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {5, 2, 7})
-    places = [meeting_place() for _ in range(6)]
-    assert set(places[:3]) == {2, 5, 7} and places[3:] == places[:3]
+    assert meeting_place() == meeting_place()
+    places: set[int | None] = set()
+    for drawn in range(1000, 1003):
+        monkeypatch.setattr(gil, "_place", drawn)
+        places.add(meeting_place())
+    assert places == {2, 5, 7}
 
 
 def test_where_threads_need_not_take_turns_they_meet_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:

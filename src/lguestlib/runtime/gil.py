@@ -3,10 +3,9 @@
 import os
 import sys
 from collections.abc import Callable
-from itertools import count
 
-# Cards of one process take turns, and those of many processes do not all begin with the same.
-_turns = count(os.getpid())
+# Drawn, since processes in containers often have one and the same number.
+_place = int.from_bytes(os.urandom(4), sys.byteorder)
 
 
 def gil_enabled() -> bool:
@@ -20,10 +19,10 @@ def meeting_place() -> int | None:
 
     Under the GIL a thread that is woken on another processor while its waker
     still has Python to run waits for it twice, in futex(2); on one processor it
-    runs when the waker sleeps.  Each call gives another one: all that meet on a
-    processor share it.
+    runs when the waker sleeps.  A process has one such place, and not every
+    process the same.
     """
     if not gil_enabled():
         return None
     allowed = sorted(os.sched_getaffinity(0))
-    return allowed[next(_turns) % len(allowed)]
+    return allowed[_place % len(allowed)]
