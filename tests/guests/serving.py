@@ -25,8 +25,10 @@ MIB = 1 << 20
 
 
 @contextmanager
-def serving(*words: str, sockets: int = 1, prefix: Sequence[str] = (), terminal: bool = False) -> Iterator[Session]:
-    """`serve` with these *words*, listening on so many sockets; ended by SIGTERM, with nothing to complain of."""
+def serving(
+    *words: str, sockets: int = 1, prefix: Sequence[str] = (), terminal: bool = False
+) -> Iterator[Session]:
+    """`serve` with *words*, listening on so many sockets; ended by SIGTERM, with nothing to complain of."""
     with Session("serve", *words, prefix=prefix, terminal=terminal) as session:
         listening(session, sockets)
         yield session
@@ -50,7 +52,7 @@ class Held(NamedTuple):
 
     @classmethod
     def by(cls, pid: int) -> "Held":
-        """*memory_files* are mappings of a guest's memory, an io_uring or anything else that is a file of no path."""
+        """*memory_files* are shared mappings: a guest's memory, an io_uring."""
         process = Path(f"/proc/{pid}")
         shared = [line for line in (process / "maps").read_text().splitlines() if line.split()[1][3] == "s"]
         return cls(len(os.listdir(process / "fd")), len(os.listdir(process / "task")), len(shared))
@@ -90,9 +92,8 @@ class Load:
         guest.call(f"mkdir {self._name} && echo 0 >{self._name}/rounds")
         round = f"({command}) >said 2>&1 || {{ echo $? >failed; break; }}"
         count = "rounds=$((rounds + 1)); echo $rounds >next; mv next rounds"
-        guest.call(
-            f"(cd {self._name}; rounds=0; while [ ! -e stop ]; do {round}; {count}; done; touch stopped) & true"
-        )
+        loop = f"rounds=0; while [ ! -e stop ]; do {round}; {count}; done"
+        guest.call(f"(cd {self._name}; {loop}; touch stopped) & true")
 
     @property
     def rounds(self) -> int:

@@ -93,7 +93,8 @@ class Rig:
     def traced(self, *words: str) -> Iterator[Path]:
         """strace with *words* looks at the back-end's threads; the file that it writes to."""
         log = self.folder / "strace.log"
-        with Session("-f", "-y", "-o", str(log), *words, "-p", str(self.back_end.pid), command=["strace"]) as strace:
+        words = ("-f", "-y", "-o", str(log), *words, "-p", str(self.back_end.pid))
+        with Session(*words, command=["strace"]) as strace:
             strace.expect("attached", messages=True)
             yield log
             strace.signal(signal.SIGTERM)
@@ -109,7 +110,9 @@ def mount_namespace() -> list[str]:
 
 
 @pytest.fixture(scope="module", params=["uml", "qemu"])
-def rig(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rig]:
+def rig(
+    request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Rig]:
     folder = tmp_path_factory.mktemp("disks")
     setup = (
         f"mkdir tmpfs; mount -t tmpfs -o size={ROOM} lguestlib tmpfs; truncate -s {2 * ROOM} tmpfs/full.img;"
@@ -129,7 +132,8 @@ def rig(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.T
     }
     words, devices = [], []
     for name in Rig.names:
-        socket, image = folder / f"{name}.sock", folder / ("tmpfs/full.img" if name == "full" else f"{name}.img")
+        socket = folder / f"{name}.sock"
+        image = folder / ("tmpfs/full.img" if name == "full" else f"{name}.img")
         words += ["blk", "--socket-path", str(socket), "--blk-file", str(image), *options.get(name, [])]
         devices.append(SocketDevice("blk", socket, f"num-queues={2 if name == 'system' else 1}"))
     with serving(*words, sockets=len(Rig.names), prefix=prefix) as back_end:
@@ -205,7 +209,8 @@ def test_a_large_disk_is_used_to_its_end_and_stays_sparse(rig: Rig) -> None:
     rig.guest.call(rig.write("large", blocks - 16, 16, "/tmp/last"))
     assert 16 * 65536 <= occupied(image) <= 2 * MIB
     sent = rig.guest.call("sha256sum </tmp/last")
-    assert rig.guest.call(f"dd if={disk} bs=64k skip={blocks - 16} iflag=direct 2>/dev/null | sha256sum") == sent
+    got = rig.guest.call(f"dd if={disk} bs=64k skip={blocks - 16} iflag=direct 2>/dev/null | sha256sum")
+    assert got == sent
     with image.open("rb") as file:
         file.seek(-16 * 65536, os.SEEK_END)
         assert sha256(file.read()).hexdigest() == sent.split()[0]

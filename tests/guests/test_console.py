@@ -38,7 +38,12 @@ class Console:
     """
 
     def __init__(
-        self, type: Callable[[bytes], object], screen: int, guest: UserModeLinux, device: str, terminal: int = -1
+        self,
+        type: Callable[[bytes], object],
+        screen: int,
+        guest: UserModeLinux,
+        device: str,
+        terminal: int = -1,
     ) -> None:
         self.type = type
         self.screen = screen
@@ -63,7 +68,8 @@ class Console:
 
     def start_shell(self) -> None:
         """A shell of people's, with job control; it does not show again what it reads."""
-        shell = f'exec <{self.device} >{self.device} 2>&1; stty -echo -onlcr; PS1="{PROMPT.decode()}" exec setsid -c sh -i'
+        there = f"exec <{self.device} >{self.device} 2>&1; stty -echo -onlcr"
+        shell = f'{there}; PS1="{PROMPT.decode()}" exec setsid -c sh -i'
         # What a script's shell runs in the background is deaf to ^C.
         self.guest.call(f"start-stop-daemon -S -b -p /tmp/none -a /bin/sh -- -c '{shell}'")
         self.shown()
@@ -82,7 +88,7 @@ def resize(terminal: int, columns: int, rows: int) -> None:
 def back_ends(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Session, Session, Path]]:
     """Two: one with a pseudo-terminal and pipes, one at a terminal."""
     folder = tmp_path_factory.mktemp("consoles")
-    words = ["console", "--pty", "--socket-path", f"{folder}/pty", "console", "--socket-path", f"{folder}/pipes"]
+    words = ["console", "--pty", f"--socket-path={folder}/pty", "console", f"--socket-path={folder}/pipes"]
     with serving(*words, sockets=0) as first:
         with serving("console", "--socket-path", f"{folder}/terminal", terminal=True) as second:
             resize(second.terminal, *AT_BOOT)

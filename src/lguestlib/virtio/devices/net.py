@@ -102,11 +102,13 @@ class MergedReceive:
             self.missed += 1
         taken = 0
         for chain in chains:
-            chain.written = min(left, chain.writable_length)
-            left -= chain.written
+            room = chain.writable_length
             taken += 1
-            if not left:
+            if left <= room:
+                chain.written = left
                 break
+            chain.written = room
+            left -= room
         _set_num_buffers(first, taken.to_bytes(2, "little"))
         return taken
 
