@@ -1,4 +1,4 @@
-"""Network cards served to real kernels: what the two sides leave to each other, frames of all sizes, a bridge.
+"""Network cards served to real kernels: what each side leaves to the other, frames of all sizes, a bridge.
 
 A guest of each kind has a card for each thing to try, all served by one process.  Each
 card is on a network of its own with the host, but for one that is in a bridge with the
@@ -135,7 +135,7 @@ class Rig:
         return f"eth{[*CARDS].index(name)}"
 
     def carries(self, name: str, host: str, data: Path, back: Path) -> None:
-        """All of *data* goes from the *host* to the guest and *back*, in frames as long as it was negotiated."""
+        """All of *data* goes from the *host* to the guest and *back*, in frames as long as was agreed."""
         frames = [self.networks.frames(name)]
         with self.networks.listening(data, Path("/dev/null")):
             self.guest.call(f"nc.openbsd {host} {PORT} </dev/null >/tmp/data")
@@ -227,7 +227,7 @@ def test_what_a_card_offers_the_guest_takes_and_nothing_else(rig: Rig, name: str
 
 
 def test_no_ping_is_lost_either_way(rig: Rig) -> None:
-    """Both at once: User-mode Linux sleeps through an interrupt at times, up to its next timer, whose ever it is."""
+    """Both at once, because User-mode Linux may sleep through an interrupt until its next timer."""
     host, guest = (rig.networks.address("all", end) for end in (1, 2))
     # ping waits for a moment only when it has sent the last, and that might be late.
     ping = f"ping -n -c {PINGS + 20} -i 0.002"
@@ -247,7 +247,8 @@ def test_what_goes_to_a_guest_and_back_is_the_same(rig: Rig, data: Data, tmp_pat
 
 
 def test_segments_of_ipv6_are_left_to_the_other_side_too(qemu: Rig, data: Data, tmp_path: Path) -> None:
-    qemu.networks.namespace.call("ip", "address", "add", "fd00::1/64", "nodad", "dev", qemu.networks.tap("all"))
+    tap = qemu.networks.tap("all")
+    qemu.networks.namespace.call("ip", "address", "add", "fd00::1/64", "nodad", "dev", tap)
     # Nobody else has its address.
     qemu.guest.call("ip link set eth0 down && echo 0 >/proc/sys/net/ipv6/conf/eth0/accept_dad")
     qemu.guest.call("ip link set eth0 up && ip address add fd00::2/64 dev eth0")
@@ -274,6 +275,7 @@ def test_two_guests_reach_each_other_through_a_bridge(uml: Rig, qemu: Rig) -> No
         shown = one.guest.call(f"ping -q -c 100 -i 0.01 -W 10 {other.bridged}")
         assert "100 packets transmitted, 100 packets received" in shown
         other.guest.begin(f"nc.openbsd -l {PORT} </dev/null >/tmp/received")
-        one.guest.call(f"until nc.openbsd -N {other.bridged} {PORT} </tmp/data; do sleep 0.05; done; rm /tmp/data")
+        send = f"nc.openbsd -N {other.bridged} {PORT} </tmp/data"
+        one.guest.call(f"until {send}; do sleep 0.05; done; rm /tmp/data")
         assert other.guest.answer().status == 0
         assert other.guest.call("sha256sum </tmp/received && rm /tmp/received") == sent

@@ -30,8 +30,8 @@ SLEEPS = 1.05
 CONTENTION = 0.5
 """Futex calls of both threads for each ping, at most, under strace.
 
-0.05 to 0.4 are usual, the more the busier the host; 0.35 to 1.4 where the two are not
-on one processor.
+It is 0.05 on a host that does nothing else, and 0.45 on one that is busy; 4 and 1
+where the two threads are not on one processor.
 """
 
 QUEUES = ("net0 receive", "net0 transmit")
@@ -82,7 +82,8 @@ class Rig:
         lines = self.traced()
         names = {task.name: name for name, task in self.threads.items()}
         begun = [(number, match) for number, line in enumerate(lines) if (match := CALL.match(line))]
-        sent = [number for number, match in begun if names[match[1]] == "net0 transmit" and match[2] == "writev"]
+        [transmit] = [task for task, name in names.items() if name == "net0 transmit"]
+        sent = [number for number, match in begun if match.groups()[:2] == (transmit, "writev")]
         assert len(sent) >= PINGS
         first, last = sent[MARGIN], sent[PINGS - MARGIN]
         assert not [line for line in lines[first:last] if " --- SIG" in line]
