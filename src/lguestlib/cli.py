@@ -506,7 +506,7 @@ def _capabilities(kind: str) -> tuple[str, list[str]]:
 def _served_device(given: argparse.Namespace) -> "ServedDevice":
     from lguestlib.runtime.vhost_user.serve import ServedDevice
 
-    device: DeviceOption
+    device: DeviceOption | TerminalConsole
     match given.kind:
         case "blk":
             device = DiskImage(

@@ -99,14 +99,6 @@ def clean() -> Iterator[None]:
 
 
 @pytest.fixture
-def source() -> Iterator[tuple[int, int]]:
-    reader, writer = os.pipe()
-    yield reader, writer
-    os.close(reader)
-    os.close(writer)
-
-
-@pytest.fixture
 def memory() -> Iterator[GuestMemory]:
     with GuestMemory.anonymous(16 << 20) as made:
         yield made

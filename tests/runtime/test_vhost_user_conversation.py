@@ -61,14 +61,6 @@ def clean() -> Iterator[None]:
 
 
 @pytest.fixture
-def source() -> Iterator[tuple[int, int]]:
-    reader, writer = os.pipe()
-    yield reader, writer
-    os.close(reader)
-    os.close(writer)
-
-
-@pytest.fixture
 def device(source: tuple[int, int]) -> Echo:
     return Echo(source[0])
 

@@ -53,14 +53,6 @@ def clean() -> Iterator[None]:
 
 
 @pytest.fixture
-def source() -> Iterator[tuple[int, int]]:
-    reader, writer = os.pipe()
-    yield reader, writer
-    os.close(reader)
-    os.close(writer)
-
-
-@pytest.fixture
 def served(source: tuple[int, int], tmp_path: Path) -> Iterator[Served]:
     with Served(Echo(source[0]), tmp_path) as made:
         yield made

@@ -4,14 +4,13 @@ One bit for each page of `PAGE` bytes of guest-physical addresses from 0 on: pag
 p is bit p % 8 of byte p // 8 (vhost-user specification, "Migration").
 """
 
-import mmap
-import os
 from collections.abc import Iterable
 
 from lguestlib.abi.futex import set_all_bits, set_bit
 from lguestlib.abi.mmap import address_of
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.fence import new_fence
+from lguestlib.memory.mapping import map_shared
 
 PAGE = 4096
 """Bytes a bit stands for (VHOST_LOG_PAGE)."""
@@ -38,12 +37,10 @@ class DirtyLog:
     """
 
     def __init__(self, fd: int, size: int, offset: int = 0) -> None:
-        held = os.fstat(fd).st_size
-        if size <= 0 or offset < 0 or offset % 4 or offset > held or size > held - offset:
-            raise ValueError(f"dirty log: {size:#x} bytes at offset {offset:#x} of a file of {held:#x}")
-        skip = offset % mmap.ALLOCATIONGRANULARITY
+        if size <= 0 or offset % 4:
+            raise ValueError(f"dirty log: {size:#x} bytes at offset {offset:#x}")
         self.size = size
-        self._mapping = mmap.mmap(fd, skip + size, offset=offset - skip)
+        self._mapping, skip = map_shared(fd, size, offset, "dirty log: ")
         with memoryview(self._mapping) as whole:
             self._bytes = whole[skip:]
         self._address = address_of(self._bytes)

@@ -8,6 +8,7 @@ from typing import Self
 from lguestlib.abi import memfd as abi_memfd
 from lguestlib.abi.mmap import MAP_ANONYMOUS, MAP_PRIVATE, address_of
 from lguestlib.memory.address import GuestAddress, HostAddress
+from lguestlib.memory.mapping import map_shared
 
 _TOP = 1 << 64
 
@@ -62,11 +63,7 @@ class Region:
         (T13); OSError where it cannot be mapped for reading and writing (EACCES).
         """
         _check_range(base, size)
-        held = os.fstat(fd).st_size
-        if offset < 0 or offset > held or size > held - offset:
-            raise ValueError(f"memory region: {size:#x} bytes at offset {offset:#x} of a file of {held:#x}")
-        skip = offset % mmap.ALLOCATIONGRANULARITY
-        return cls(base, size, mmap.mmap(fd, size + skip, offset=offset - skip), skip)
+        return cls(base, size, *map_shared(fd, size, offset, "memory region: "))
 
     @property
     def end(self) -> GuestAddress:

@@ -32,7 +32,6 @@ from lguestlib.runtime.options import (
     PtyConsole,
     Randomness,
     ScratchDisk,
-    TerminalConsole,
     VhostUserDisk,
 )
 from lguestlib.runtime.trace import Tracer
@@ -149,8 +148,7 @@ class NetworkAttachment(Attachment):
         self._mac = mac or _station_address(address)
 
     def device(self, number: int) -> Device:
-        mtu = self._network.mtu if isinstance(self._network, Tap) else None
-        return Net(self._network, self._mac, f"net{number}", mtu=mtu)
+        return Net(self._network, self._mac, f"net{number}", mtu=self._network.mtu)
 
     def guest_parameters(self) -> list[str]:
         if not self._address:
@@ -191,8 +189,6 @@ def attach(option: DeviceOption, say: Say, tracer: Tracer | None) -> Attachment:
             return NetworkAttachment(tap, None, mac)
         case NamedTap(name, mac):
             return NetworkAttachment(_existing_tap(name, tracer), None, mac)
-        case TerminalConsole():
-            raise LaunchError("console: the terminal is its owner's to attach")
         case PtyConsole():
             pty = _open_pty(tracer)
             say(f"console: {pty.name}")

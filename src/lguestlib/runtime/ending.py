@@ -9,6 +9,12 @@ _RETRY_SECONDS = 0.001
 _RETRY_SECONDS_MAX = 0.02
 
 
+def call_out(thread: threading.Thread) -> None:
+    """Call *thread* out of a system call, if it is in one now."""
+    if thread.native_id is not None and thread.is_alive():
+        interrupt_thread(thread.native_id)
+
+
 def end_thread(thread: threading.Thread, ask: Callable[[], None]) -> None:
     """Return when *thread*, which has been told to end, has; *ask* goes before each attempt to wake it."""
     wake_thread(thread, ask, thread.join)
@@ -23,8 +29,7 @@ def wake_thread(thread: threading.Thread, ask: Callable[[], None], wait: Callabl
     patience = _RETRY_SECONDS
     while thread.is_alive():
         ask()
-        if thread.native_id is not None:
-            interrupt_thread(thread.native_id)
+        call_out(thread)
         if wait(patience):
             return
         patience = min(2 * patience, _RETRY_SECONDS_MAX)

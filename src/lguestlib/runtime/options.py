@@ -87,7 +87,7 @@ class Randomness:
 
 @dataclass(frozen=True)
 class TerminalConsole:
-    """A console on this process's terminal."""
+    """A console on this process's terminal, which its owner attaches."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class PtyConsole:
 
 DeviceOption = (
     DiskImage | VhostUserDisk | ScratchDisk | HostNetwork | BridgedNetwork | PrivateNetwork | NamedTap | Randomness
-    | TerminalConsole | PtyConsole
+    | PtyConsole
 )  # fmt: skip
 
 DEFAULT_NETWORK = PrivateNetwork(InterfaceAddress(bytes([192, 168, 19, 1]), 24))

@@ -7,9 +7,9 @@ from contextlib import suppress
 from typing import NamedTuple
 
 from lguestlib.abi.prctl import name_thread
-from lguestlib.abi.signals import install_interrupt_handler, interrupt_thread
+from lguestlib.abi.signals import install_interrupt_handler
 from lguestlib.runtime.counters import QueueCounters
-from lguestlib.runtime.ending import end_thread, wake_thread
+from lguestlib.runtime.ending import call_out, end_thread, wake_thread
 from lguestlib.runtime.interrupt import Interrupt
 from lguestlib.runtime.kick import Kick
 from lguestlib.virtio.chain import Chain
@@ -82,8 +82,7 @@ class QueueThread:
         self._stopping = self._attention = True
         self._kick.signal()
         # Out of a wait for the outside, too: what comes there is not this thread's any more.
-        if self._thread.native_id is not None and self._thread.is_alive():
-            interrupt_thread(self._thread.native_id)
+        call_out(self._thread)
 
     def request_finish(self) -> None:
         """Ask the thread to end as soon as its ring is empty, and return at once."""

@@ -14,6 +14,7 @@ from lguestlib.abi import vhost_user as abi
 from lguestlib.abi.eventfd import SIGNAL, is_eventfd
 from lguestlib.memory.dirty_log import DirtyLog
 from lguestlib.memory.guest import GuestMemory
+from lguestlib.memory.mapping import check_held, map_shared
 from lguestlib.memory.region import Region
 from lguestlib.runtime.counters import QueueCounters
 from lguestlib.runtime.failure import describe, without_frames
@@ -217,12 +218,9 @@ class Conversation:
 
     def _record_in(self, area: Area, queues: int, size: int) -> None:
         before = self._inflight
-        held = os.fstat(area.fd).st_size
-        if area.offset > held or area.size > held - area.offset:
-            raise ValueError(f"{area.size:#x} bytes at offset {area.offset:#x} of a file of {held:#x}")
-        skip = area.offset % mmap.ALLOCATIONGRANULARITY
+        check_held(area.fd, area.size, area.offset)
         # Not all of the area, whose length is the front-end's.
-        mapping = mmap.mmap(area.fd, skip + area_size(queues, size), offset=area.offset - skip)
+        mapping, skip = map_shared(area.fd, area_size(queues, size), area.offset)
         self._inflight = mapping, skip, size
         if before:
             before[0].close()

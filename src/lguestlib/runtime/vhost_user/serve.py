@@ -34,7 +34,7 @@ class ServedDevice:
     *without*: names of features that are not to be offered.
     """
 
-    device: DeviceOption
+    device: DeviceOption | TerminalConsole
     path: str = ""
     fd: int = -1
     without: tuple[str, ...] = ()

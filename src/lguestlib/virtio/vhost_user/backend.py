@@ -15,7 +15,6 @@ A kick that came before is in the eventfd still, and a ring is looked at once
 when it starts, so none is lost (T8).
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -29,7 +28,7 @@ from lguestlib.virtio.inflight import area_size
 from lguestlib.virtio.layout import QUEUE_SIZE_MAX, QueueLayout, RingIndex
 from lguestlib.virtio.status import Status
 from lguestlib.virtio.vhost_user.memory_table import REGIONS_MAX, MemoryRegion, MemoryTable
-from lguestlib.virtio.vhost_user.message import FDS_MAX, Message, ProtocolError
+from lguestlib.virtio.vhost_user.message import FDS_MAX, Message, ProtocolError, u64
 
 LOG_ALL = 1 << abi.VHOST_F_LOG_ALL
 PROTOCOL_FEATURES = 1 << abi.VHOST_USER_F_PROTOCOL_FEATURES
@@ -219,7 +218,7 @@ class BackEnd:
             return Message(message.request, payload, fds, _REPLY)
         acknowledged = message.need_reply and self.protocol_features & 1 << abi.VHOST_USER_PROTOCOL_F_REPLY_ACK
         if rule.reply is None and acknowledged:
-            return Message(message.request, _u64(error is not None), (), _REPLY)
+            return Message(message.request, u64(error is not None), (), _REPLY)
         if error is not None:
             raise ProtocolError(f"{message.name}: {error}")
         return None
@@ -524,10 +523,6 @@ class BackEnd:
         self.failed = False
 
 
-def _u64(value: int) -> bytes:
-    return value.to_bytes(8, sys.byteorder)
-
-
 Handler = Callable[[BackEnd, Message], Effect | None]
 Reply = Callable[[BackEnd, Message, int], tuple[bytes, tuple[int, ...]]]
 
@@ -544,7 +539,7 @@ class Rule(NamedTuple):
 
 
 def _reply_number(number: Callable[[BackEnd], int]) -> Reply:
-    return lambda backend, message, result: (_u64(number(backend)), ())
+    return lambda backend, message, result: (u64(number(backend)), ())
 
 
 _NUMBER = (8, 8)

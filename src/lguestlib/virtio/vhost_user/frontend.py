@@ -16,7 +16,7 @@ from lguestlib.memory.address import UserAddress
 from lguestlib.virtio.errors import VirtioError
 from lguestlib.virtio.layout import RingIndex
 from lguestlib.virtio.vhost_user.memory_table import MemoryRegion
-from lguestlib.virtio.vhost_user.message import FDS_MAX, Message, ProtocolError
+from lguestlib.virtio.vhost_user.message import FDS_MAX, Message, ProtocolError, u64
 
 Answer = TypeVar("Answer", covariant=True)
 
@@ -110,7 +110,7 @@ class Requests:
 
     def set_features(self, features: int) -> Request[None]:
         """The virtio features the driver has taken."""
-        return self._command(abi.VHOST_USER_SET_FEATURES, _u64(features))
+        return self._command(abi.VHOST_USER_SET_FEATURES, u64(features))
 
     def set_owner(self) -> Request[None]:
         """Begin: this front-end is the one from now on."""
@@ -122,7 +122,7 @@ class Requests:
 
     def set_protocol_features(self, features: int) -> Request[None]:
         """Take these protocol features: what is made from now on relies on them."""
-        request = self._command(abi.VHOST_USER_SET_PROTOCOL_FEATURES, _u64(features))
+        request = self._command(abi.VHOST_USER_SET_PROTOCOL_FEATURES, u64(features))
         self.protocol_features = features
         return request
 
@@ -162,15 +162,15 @@ class Requests:
 
     def set_vring_kick(self, index: int, fd: int) -> Request[None]:
         """Ring *index* is kicked through the eventfd *fd*."""
-        return self._command(abi.VHOST_USER_SET_VRING_KICK, _u64(index), (fd,))
+        return self._command(abi.VHOST_USER_SET_VRING_KICK, u64(index), (fd,))
 
     def set_vring_call(self, index: int, fd: int) -> Request[None]:
         """Ring *index* interrupts through the eventfd *fd*."""
-        return self._command(abi.VHOST_USER_SET_VRING_CALL, _u64(index), (fd,))
+        return self._command(abi.VHOST_USER_SET_VRING_CALL, u64(index), (fd,))
 
     def set_vring_err(self, index: int, fd: int) -> Request[None]:
         """Ring *index*, when it has failed, says so through the eventfd *fd*."""
-        return self._command(abi.VHOST_USER_SET_VRING_ERR, _u64(index), (fd,))
+        return self._command(abi.VHOST_USER_SET_VRING_ERR, u64(index), (fd,))
 
     def set_vring_enable(self, index: int, enabled: bool) -> Request[None]:
         """Serve ring *index*, or do not; only where `PROTOCOL_FEATURES` were negotiated."""
@@ -216,7 +216,7 @@ class Requests:
         changed = message.request == abi.VHOST_USER_BACKEND_CONFIG_CHANGE_MSG
         if not (message.need_reply and self.has(abi.VHOST_USER_PROTOCOL_F_REPLY_ACK)):
             return changed, None
-        return changed, Message(message.request, _u64(not changed), (), _REPLY)
+        return changed, Message(message.request, u64(not changed), (), _REPLY)
 
     def _need(self, feature: int, name: str) -> None:
         if not self.has(feature):
@@ -234,10 +234,6 @@ class Requests:
         flags = abi.VHOST_USER_VERSION | abi.VHOST_USER_NEED_REPLY_MASK
         message = Message(request, payload, fds, flags)
         return Request(message, True, partial(_acknowledged, message.name))
-
-
-def _u64(value: int) -> bytes:
-    return value.to_bytes(8, "little")
 
 
 def _state(index: int, number: int) -> bytes:

@@ -51,6 +51,11 @@ class Message:
         return int.from_bytes(self.payload, sys.byteorder)
 
 
+def u64(value: int) -> bytes:
+    """A payload that `Message.number` reads."""
+    return value.to_bytes(8, sys.byteorder)
+
+
 REQUEST_NAMES = {
     value: name.removeprefix("VHOST_USER_")
     for name, value in vars(abi).items()
