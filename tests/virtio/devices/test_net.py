@@ -10,6 +10,7 @@ from virtio.devices.chains import UNTOUCHED, Request, all_cuts, only_its_own
 from lguestlib.abi import virtio_net as abi
 from lguestlib.abi.layout import offset_of
 from lguestlib.virtio.chain import Chain
+from lguestlib.virtio.device import RING_FEATURES
 from lguestlib.virtio.devices.net import ETHERNET_SIZE, HEADER_SIZE, OFFERED_MAX, Net
 
 MAC = bytes.fromhex("0200005e0001")
@@ -53,15 +54,21 @@ def bits(*numbers: int) -> int:
     return sum(1 << number for number in numbers)
 
 
+def offered(device: Net, withheld: int) -> int:
+    """The features of its own that it offers without those *withheld*."""
+    device.withheld = withheld
+    return device.offered & ~int(RING_FEATURES)
+
+
 def test_what_it_offers_and_shows() -> None:
     network = Network()
     device = Net(network, MAC)
     always = bits(abi.VIRTIO_NET_F_MAC, abi.VIRTIO_NET_F_STATUS)
     merging, mtu = bits(abi.VIRTIO_NET_F_MRG_RXBUF), bits(abi.VIRTIO_NET_F_MTU)
     assert device.features == always | merging | network.offloads
-    assert Net(network, MAC, offloads=False).features == always | merging
-    assert Net(network, MAC, mergeable=False).features == always | network.offloads
-    assert Net(network, MAC, mtu=9000, offloads=False, mergeable=False).features == always | mtu
+    assert offered(Net(network, MAC), network.offloads) == always | merging
+    assert offered(Net(network, MAC), merging) == always | network.offloads
+    assert offered(Net(network, MAC, mtu=9000), network.offloads | merging) == always | mtu
     assert only_its_own(device) and only_its_own(Net(network, MAC, mtu=1500))
     device.activate(12345)
     assert network.activated == [12345]

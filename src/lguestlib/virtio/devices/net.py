@@ -157,22 +157,14 @@ class Net(Device):
     """A network card with station address *mac*, six bytes.
 
     *mtu* is what the network's frames hold behind their Ethernet header, and is
-    told to the driver; None is 1500, and not told.  Without *offloads* none of
-    the network's is offered, without *mergeable* a packet has one buffer.
-    Raises ValueError for an MTU that there cannot be.
+    told to the driver; None is 1500, and not told.  Raises
+    ValueError for an MTU that there cannot be.
     """
 
     device_type = VIRTIO_ID_NET
 
     def __init__(
-        self,
-        backend: NetBackend,
-        mac: bytes,
-        name: str = "net",
-        *,
-        mtu: int | None = None,
-        offloads: bool = True,
-        mergeable: bool = True,
+        self, backend: NetBackend, mac: bytes, name: str = "net", *, mtu: int | None = None
     ) -> None:
         super().__init__(name)
         if mtu is not None and not MTU_MIN <= mtu <= MTU_MAX:
@@ -185,17 +177,13 @@ class Net(Device):
         """The receive queue's work with VIRTIO_NET_F_MRG_RXBUF negotiated."""
         self._backend = backend
         self._send = backend.send
-        self._offloads = offloads
-        self._mergeable = mergeable
 
     @property
     def features(self) -> int:
-        bits = [abi.VIRTIO_NET_F_MAC, abi.VIRTIO_NET_F_STATUS]
+        bits = [abi.VIRTIO_NET_F_MAC, abi.VIRTIO_NET_F_STATUS, abi.VIRTIO_NET_F_MRG_RXBUF]
         if self.mtu is not None:
             bits.append(abi.VIRTIO_NET_F_MTU)
-        if self._mergeable:
-            bits.append(abi.VIRTIO_NET_F_MRG_RXBUF)
-        return sum(1 << bit for bit in bits) | (self._backend.offloads if self._offloads else 0)
+        return sum(1 << bit for bit in bits) | self._backend.offloads
 
     def config(self) -> bytes:
         if self.mtu is None:
