@@ -114,6 +114,8 @@ each device:
   --socket-path PATH   listen there; what is left there by a process that was killed is replaced
   --fd N               or serve the Unix socket inherited under this number
   --without NAME,...   do not offer these features (event_idx, indirect_desc, mrg_rxbuf, ...)
+  --poll MICROSECONDS  look for work up to that long before a sleep, as long as that pays: saves
+                       a busy queue its wake-ups, and costs a processor
   --print-capabilities what KIND can do, as JSON, and no more
 
 serve blk              a disk
@@ -469,6 +471,7 @@ def _served(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--socket-path", metavar="PATH", default="")
     parser.add_argument("--fd", type=_descriptor, metavar="N", default=-1)
     parser.add_argument("--without", type=_names, default=())
+    parser.add_argument("--poll", type=_microseconds, metavar="MICROSECONDS", default=0)
     parser.add_argument("--print-capabilities", action="store_true")
     parser.add_argument("--stats", type=_seconds, metavar="SECONDS", default=0.0)
     parser.add_argument("--trace", metavar="FILE")
@@ -493,6 +496,8 @@ def _served(words: list[str]) -> argparse.Namespace:
         raise _UsageError(f"serve {kind}: give one of --socket-path PATH and --fd N")
     if kind == "blk" and not given.blk_file:
         raise _UsageError("serve blk: --blk-file FILE is missing")
+    if kind == "blk" and given.poll and given.aio != "sync":
+        raise _UsageError(f"serve blk: --poll {given.poll} is for --aio sync: a thread of io_uring's has requests out")
     if kind == "net" and given.tap is None and given.tunnet is None:
         raise _UsageError("serve net: give one of --tap NAME and --tunnet IP")
     return given
@@ -521,7 +526,7 @@ def _served_device(given: argparse.Namespace) -> "ServedDevice":
             device = PtyConsole() if given.pty else TerminalConsole()
         case _:
             device = Randomness()
-    return ServedDevice(device, given.socket_path, given.fd, given.without)
+    return ServedDevice(device, given.socket_path, given.fd, given.without, 1000 * given.poll)
 
 
 def _descriptor(text: str) -> int:
@@ -543,6 +548,13 @@ def _seconds(text: str) -> float:
     if not 0.01 <= seconds <= 1e6:
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds from 0.01 on, such as 1")
     return seconds
+
+
+def _microseconds(text: str) -> int:
+    number = _number(text, 0, 1_000_000)
+    if number is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of microseconds up to 1000000, such as 50")
+    return number
 
 
 def _queue_count(text: str) -> int:

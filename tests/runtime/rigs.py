@@ -13,6 +13,7 @@ from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.counters import QueueCounters
 from lguestlib.runtime.interrupt import EventfdInterrupt
 from lguestlib.runtime.kick import EventfdKick
+from lguestlib.runtime.polling import AdaptivePoll
 from lguestlib.runtime.queue_thread import QueueThread
 from lguestlib.runtime.trace import Tracer
 from lguestlib.virtio.chain import part
@@ -73,6 +74,7 @@ class Rig:
         features: int = FEATURES,
         tracer: Tracer | None = None,
         on_failure: Callable[[QueueThread, Exception], None] | None = None,
+        poll: AdaptivePoll | None = None,
     ) -> None:
         self.memory = GuestMemory.anonymous(16 << 20)
         self.layout = QueueLayout.contiguous(0, size, GuestAddress(0x1000))
@@ -84,14 +86,16 @@ class Rig:
         self.counters = QueueCounters()
         self.failures: list[Exception] = []
         self._queue = queue
+        self._poll = poll
         self._on_failure = on_failure or self._failed
         self.ring = SplitDeviceQueue(self.layout, self.memory, features)
         self.thread = self._new_thread()
 
     def _new_thread(self) -> QueueThread:
         return QueueThread(
-            self._queue.name, self._queue, self.ring, self.kick, self.interrupt, self.counters, self._on_failure
-        )
+            self._queue.name, self._queue, self.ring, self.kick, self.interrupt, self.counters, self._on_failure,
+            poll=self._poll,
+        )  # fmt: skip
 
     def renew(self) -> None:
         """A new thread, to go on where the stopped one was."""

@@ -22,9 +22,9 @@ from lguestlib.memory.address import GuestAddress
 from lguestlib.runtime import transfer_thread as module
 from lguestlib.runtime.backend.file import FileDisk
 from lguestlib.runtime.kick import EventfdKick
-from lguestlib.runtime.queue_thread import AT_ONCE, QueueEnds
+from lguestlib.runtime.queue_thread import QueueEnds
 from lguestlib.runtime.trace import Tracer
-from lguestlib.runtime.transfer_thread import ALONE, TransferThread
+from lguestlib.runtime.transfer_thread import ALONE, AT_ONCE, TransferThread
 from lguestlib.virtio import errors
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Queue

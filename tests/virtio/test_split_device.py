@@ -417,6 +417,30 @@ def test_s2_the_whole_queue_at_once_is_possible() -> None:
         assert [chain.head for chain in arena.device.pop_many()] == list(range(8))
 
 
+def test_half_of_what_there_is_can_be_asked_for_and_is_one_at_least() -> None:
+    with Arena(next_available=0xFFFC) as arena:
+        device = arena.device
+        for head in range(8):
+            arena.ring.describe(head, d())
+        arena.ring.offer(*range(8))
+        assert [[chain.head for chain in device.pop_many(half=True)] for _ in range(4)] == [
+            [0, 1, 2, 3], [4, 5], [6], [7],
+        ]  # fmt: skip
+        assert not device.pop_many(half=True)
+
+
+def test_a_look_finds_what_a_pop_would() -> None:
+    with Arena(next_available=0xFFFF) as arena:
+        assert not arena.device.has_available()
+        arena.ring.describe(0, d())
+        arena.ring.offer(0)
+        assert arena.device.has_available()
+        arena.device.pop()
+        assert not arena.device.has_available()
+        arena.ring.avail_idx = 100
+        assert arena.device.has_available()
+
+
 def test_s2_a_broken_queue_costs_the_same_each_time_it_is_asked() -> None:
     with Arena() as arena:
         arena.ring.avail_idx = 1000

@@ -11,11 +11,15 @@ from lguestlib.runtime.backend.uring import Completion, Uring
 from lguestlib.runtime.counters import QueueCounters
 from lguestlib.runtime.interrupt import Interrupt
 from lguestlib.runtime.kick import Kick
-from lguestlib.runtime.queue_thread import AT_ONCE, QueueThread
+from lguestlib.runtime.polling import AdaptivePoll
+from lguestlib.runtime.queue_thread import QueueThread
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Queue
 from lguestlib.virtio.split_device import BATCH, SplitDeviceQueue
 from lguestlib.virtio.transfer import Operation, Transfer
+
+AT_ONCE = 8
+"""Completions returned before the driver is told, when there are more."""
 
 ALONE = 32
 """Chains that have come one at a time, each when the one before was done, until such are simply served."""
@@ -42,6 +46,7 @@ class TransferThread(QueueThread):
     When it stops, or exchanges its ends, it first waits for what is in flight:
     nothing reaches the guest's memory afterwards.  A request that does not come
     back is reported like a failure; then the kernel is asked to end it early.
+    It does not *poll*: what it waits for comes from the kernel.
     """
 
     def __init__(
@@ -54,8 +59,9 @@ class TransferThread(QueueThread):
         counters: QueueCounters,
         on_failure: Callable[[QueueThread, Exception], None],
         processor: int | None = None,
+        poll: AdaptivePoll | None = None,
     ) -> None:
-        super().__init__(name, queue, ring, kick, interrupt, counters, on_failure, processor)
+        super().__init__(name, queue, ring, kick, interrupt, counters, on_failure, processor, poll)
         if queue.transfers is None:
             raise ValueError(f"{name}: a queue without transfers")
         self._file = queue.transfers.file

@@ -144,13 +144,21 @@ class SplitDeviceQueue:
         """
         return RingIndex(self._next)
 
+    def has_available(self) -> bool:
+        """Whether `pop_many` would find anything, a fault included; for a look now and then."""
+        available: int = self._avail_idx[0]
+        return available != self._next or self._inflight is not None and bool(self._inflight.waiting)
+
     def pop(self) -> Chain | None:
         """The next available chain, or None.  Raises QueueError as `pop_many`."""
         chains = self.pop_many(1)
         return chains[0] if chains else None
 
-    def pop_many(self, limit: int = BATCH) -> Sequence[Chain]:
+    def pop_many(self, limit: int = BATCH, half: bool = False) -> Sequence[Chain]:
         """Up to *limit* available chains, in the driver's order; empty when there are none.
+
+        With *half*, no more than half of those there are, rounded up: the driver has
+        these back, and sees to them, while the device works on the others.
 
         Raises AvailIndexError, now and ever after, for an impossible avail.idx
         (S2), and a ChainError for a malformed chain that is the next in turn: the
@@ -168,6 +176,8 @@ class SplitDeviceQueue:
             return ()
         if self._order:
             self._order()
+        if half:
+            count = count + 1 >> 1
         if count > limit:
             count = limit
         start = position & self._mask
@@ -451,8 +461,7 @@ class SplitDeviceQueue:
         if self._log is not None:
             self._mark_used(4 + 8 * self.size if self._event_idx else 0, 2)
         self._fence()
-        available: int = self._avail_idx[0]
-        return available != self._next or self._inflight is not None and bool(self._inflight.waiting)
+        return self.has_available()
 
     def should_interrupt(self) -> bool:
         """Whether the driver is to be told of what was pushed since the last call (S21, S24 to S26).

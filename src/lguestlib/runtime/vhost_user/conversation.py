@@ -21,6 +21,7 @@ from lguestlib.runtime.failure import describe, without_frames
 from lguestlib.runtime.gil import meeting_place
 from lguestlib.runtime.interrupt import CallInterrupt, Interrupt, NoInterrupt, has_room
 from lguestlib.runtime.kick import EventfdKick
+from lguestlib.runtime.polling import AdaptivePoll
 from lguestlib.runtime.queue_thread import QueueEnds, QueueThread
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.transfer_thread import TransferThread
@@ -73,7 +74,8 @@ class Conversation:
     """Serves *device* to the front-end on *stream*, from its first message to its last.
 
     *counters* has one entry for each of *queues*, the device's.  *report* is
-    given lines for people.
+    given lines for people.  Before it sleeps a queue's thread looks for work for up
+    to *poll* nanoseconds.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Conversation:
         stream: MessageStream,
         report: Callable[[str], None],
         tracer: Tracer | None = None,
+        poll: int = 0,
     ) -> None:
         self._device = device
         self._queues = queues
@@ -91,6 +94,7 @@ class Conversation:
         self._stream = stream
         self._report = report
         self._tracer = tracer
+        self._poll = poll
         self._backend = BackEnd(device)
         self._served: dict[int, _Served] = {}
         self._regions: dict[MemoryRegion, Region] = {}
@@ -268,6 +272,7 @@ class Conversation:
             self._name(index), self._queues[index], self._ring(setup, setup.base), self._kick(setup),
             self._interrupt(setup), self._counters[index],
             lambda thread, error: self._fail(index, thread.name, error), self._processor,
+            AdaptivePoll(self._poll) if self._poll else None,
         )  # fmt: skip
         self._served[index] = _Served(setup, thread)
         thread.start()

@@ -31,13 +31,15 @@ DeviceType = TypeVar("DeviceType", bound=Device)
 class ServedDevice:
     """A *device* behind the socket at *path*, or behind the one inherited as *fd*.
 
-    *without*: names of features that are not to be offered.
+    *without*: names of features that are not to be offered.  *poll*: nanoseconds for
+    which its queues' threads look for work before they sleep.
     """
 
     device: DeviceOption | TerminalConsole
     path: str = ""
     fd: int = -1
     without: tuple[str, ...] = ()
+    poll: int = 0
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,8 @@ class Serving:
             counts[kind] = number = counts.get(kind, -1) + 1
             device = attachment.device(number)
             _withhold(device, served.without)
-            self._servers.append(Server(device, connection, self._say, self._tracer, self._server_ended))
+            server = Server(device, connection, self._say, self._tracer, self._server_ended, served.poll)
+            self._servers.append(server)
 
     def _server_ended(self) -> None:
         with self._lock:

@@ -21,7 +21,8 @@ _PASSING_SECONDS = 0.05
 class Server:
     """Serves *device* on *listener*, a listening socket or one that is connected already; it owns it.
 
-    *report* is given lines for people.  *on_end* is called, on the server's
+    *report* is given lines for people.  Queues' threads look for work for up to *poll*
+    nanoseconds before they sleep.  *on_end* is called, on the server's
     thread, when there will be no more front-ends.
     """
 
@@ -32,6 +33,7 @@ class Server:
         report: Callable[[str], None],
         tracer: Tracer | None = None,
         on_end: Callable[[], None] = lambda: None,
+        poll: int = 0,
     ) -> None:
         self.device = device
         self.queues = tuple(device.queues())
@@ -40,6 +42,7 @@ class Server:
         self._report = report
         self._tracer = tracer
         self._on_end = on_end
+        self._poll = poll
         self._stopping = False
         # Held while the conversation is looked at, or replaced.
         self._lock = threading.Lock()
@@ -81,7 +84,7 @@ class Server:
     def _converse(self, connection: socket.socket) -> None:
         stream = MessageStream(connection)
         conversation = Conversation(
-            self.device, self.queues, self.counters, stream, self._report, self._tracer
+            self.device, self.queues, self.counters, stream, self._report, self._tracer, self._poll
         )
         with self._lock:
             self._conversation = conversation
