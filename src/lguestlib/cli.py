@@ -29,6 +29,7 @@ from lguestlib.runtime.options import (
     DeviceOption,
     DiskImage,
     HostNetwork,
+    LoopbackNetwork,
     MachineOptions,
     NamedTap,
     PtyConsole,
@@ -129,6 +130,7 @@ serve net              a network card
   --tap NAME           on the TAP interface of that name, which is there already
   --tunnet IP[/LEN][:MAC]|bridge:BR[:MAC]
                        or on a new one with that address, or in that bridge
+  --loopback           or with nobody else: every frame comes back, to try a driver
   --mac MAC            the card's station address
 serve console          a console on this terminal; three ^C within a second end the server
   --pty                or on a new pseudo-terminal
@@ -462,7 +464,7 @@ def _by_kind(words: list[str]) -> Iterator[list[str]]:
     yield group
 
 
-_SERVE_SWITCHES = ("--read-only", "--direct", "--pty", "--print-capabilities", "--help")
+_SERVE_SWITCHES = ("--read-only", "--direct", "--loopback", "--pty", "--print-capabilities", "--help")
 
 
 def _served(words: list[str]) -> argparse.Namespace:
@@ -486,6 +488,7 @@ def _served(words: list[str]) -> argparse.Namespace:
         network = parser.add_mutually_exclusive_group()
         network.add_argument("--tap", metavar="NAME")
         network.add_argument("--tunnet", type=_network, metavar="IP|bridge:BR")
+        network.add_argument("--loopback", action="store_true")
         parser.add_argument("--mac", type=lambda text: _mac(text, text), metavar="MAC")
     elif kind == "console":
         parser.add_argument("--pty", action="store_true")
@@ -498,8 +501,8 @@ def _served(words: list[str]) -> argparse.Namespace:
         raise _UsageError("serve blk: --blk-file FILE is missing")
     if kind == "blk" and given.poll and given.aio != "sync":
         raise _UsageError(f"serve blk: --poll {given.poll} is for --aio sync: a thread of io_uring's has requests out")
-    if kind == "net" and given.tap is None and given.tunnet is None:
-        raise _UsageError("serve net: give one of --tap NAME and --tunnet IP")
+    if kind == "net" and given.tap is None and given.tunnet is None and not given.loopback:
+        raise _UsageError("serve net: give one of --tap NAME, --tunnet IP and --loopback")
     return given
 
 
@@ -520,6 +523,8 @@ def _served_device(given: argparse.Namespace) -> "ServedDevice":
             )  # fmt: skip
         case "net" if given.tap is not None:
             device = NamedTap(given.tap, given.mac)
+        case "net" if given.loopback:
+            device = LoopbackNetwork(given.mac)
         case "net":
             device = replace(given.tunnet, mac=given.mac or given.tunnet.mac)
         case "console":

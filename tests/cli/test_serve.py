@@ -325,6 +325,32 @@ def test_a_card_on_a_tap_interface_that_is_there(path: str) -> None:
         assert namespace.interfaces() == ["tap7"]
 
 
+def test_a_card_on_itself_receives_what_it_sends(path: str) -> None:
+    with serving("net", "--socket-path", path, "--loopback", "--mac", "02:00:00:00:00:07"):
+        with VhostUserDevice.connect(path, queues=2) as card:
+            frame = bytes.fromhex("02000000000702000000000788b5") + bytes(range(100))
+            for _ in range(3):
+                room = card.buffer(2048)
+                card.queues[0].submit([], [room])
+                card.queues[1].request([card.buffer(12 + len(frame), bytes(12) + frame)], [])
+                (done,) = card.queues[0].wait()
+                assert card.read(room, done.written)[12:] == frame
+
+
+def test_a_queue_that_is_polled_saves_its_driver_kicks(path: str, image: Path) -> None:
+    words = ("blk", "--socket-path", path, "--blk-file", str(image), "--poll", "100000", "--stats", "0.1")
+    with serving(*words) as session:
+        with VhostUserDevice.connect(path) as disk:
+            for _ in range(300):
+                assert written(disk, 0, bytes(512)) == blk.VIRTIO_BLK_S_OK
+        counts = [0, 0]
+        while counts[0] < 300:
+            words_told = session.expect("errors\n").split()
+            for place, unit in enumerate(("chains/s", "kicks/s")):
+                counts[place] += round(float(words_told[words_told.index(unit) - 1].replace(",", "")) * 0.1)
+        assert counts[1] < 150
+
+
 def test_features_can_be_withheld(path: str) -> None:
     with serving("rng", "--socket-path", path, "--without", "event_idx,indirect_desc"):
         with VhostUserDevice.connect(path) as rng:
@@ -348,8 +374,11 @@ USAGE = [
     (["serve", "blk"], "serve blk: give one of --socket-path PATH and --fd N"),
     (["serve", "blk", "--socket-path", "s"], "serve blk: --blk-file FILE is missing"),
     (["serve", "blk", "--socket-path", "s", "--fd", "3", "--blk-file", "f"], "serve blk: give one of --socket-p"),
-    (["serve", "net", "--socket-path", "s"], "serve net: give one of --tap NAME and --tunnet IP"),
+    (["serve", "net", "--socket-path", "s"], "serve net: give one of --tap NAME, --tunnet IP and --loopback"),
     (["serve", "net", "--socket-path", "s", "--tap", "t", "--tunnet", "1.2.3.4"], "argument --tunnet: not allowed"),
+    (["serve", "net", "--socket-path", "s", "--tap", "t", "--loopback"], "argument --loopback: not allowed with"),
+    (["serve", "rng", "--poll", "-1"], "argument --poll: '-1' is not a number of microseconds up to 1000000, such"),
+    (["serve", "blk", "--fd", "3", "--blk-file", "f", "--aio", "io_uring", "--poll", "9"], "serve blk: --poll 9 is"),
     (["serve", "rng", "--fd", "x"], "argument --fd: 'x' is not a descriptor's number, such as 3 ("),
     (["serve", "blk", "--num-queues", "0"], "argument --num-queues: '0' is not a number of queues from 1 to 64"),
     (["serve", "rng", "--stats", "never"], "argument --stats: 'never' is not a number of seconds from 0.01 on"),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from ipaddress import IPv4Address, IPv4Network
 
 from lguestlib.runtime.backend.file import FileDisk
+from lguestlib.runtime.backend.loopback import Loopback
 from lguestlib.runtime.backend.packet import PacketNetwork
 from lguestlib.runtime.backend.pty import Pty
 from lguestlib.runtime.backend.random import KernelRandom
@@ -27,6 +28,7 @@ from lguestlib.runtime.options import (
     DeviceOption,
     DiskImage,
     HostNetwork,
+    LoopbackNetwork,
     NamedTap,
     PrivateNetwork,
     PtyConsole,
@@ -189,6 +191,8 @@ def attach(option: DeviceOption, say: Say, tracer: Tracer | None) -> Attachment:
             return NetworkAttachment(tap, None, mac)
         case NamedTap(name, mac):
             return NetworkAttachment(_existing_tap(name, tracer), None, mac)
+        case LoopbackNetwork(mac):
+            return NetworkAttachment(Loopback(tracer), None, mac)
         case PtyConsole():
             pty = _open_pty(tracer)
             say(f"console: {pty.name}")

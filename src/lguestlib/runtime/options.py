@@ -71,6 +71,13 @@ class NamedTap:
 
 
 @dataclass(frozen=True)
+class LoopbackNetwork:
+    """A network that gives each frame back to the guest; *mac* is the guest's."""
+
+    mac: bytes | None = None
+
+
+@dataclass(frozen=True)
 class PrivateNetwork:
     """A TAP interface with *address* in a network namespace of the launcher's own.
 
@@ -96,8 +103,8 @@ class PtyConsole:
 
 
 DeviceOption = (
-    DiskImage | VhostUserDisk | ScratchDisk | HostNetwork | BridgedNetwork | PrivateNetwork | NamedTap | Randomness
-    | PtyConsole
+    DiskImage | VhostUserDisk | ScratchDisk | HostNetwork | BridgedNetwork | PrivateNetwork | NamedTap
+    | LoopbackNetwork | Randomness | PtyConsole
 )  # fmt: skip
 
 DEFAULT_NETWORK = PrivateNetwork(InterfaceAddress(bytes([192, 168, 19, 1]), 24))
