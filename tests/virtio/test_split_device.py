@@ -417,16 +417,35 @@ def test_s2_the_whole_queue_at_once_is_possible() -> None:
         assert [chain.head for chain in arena.device.pop_many()] == list(range(8))
 
 
-def test_half_of_what_there_is_can_be_asked_for_and_is_one_at_least() -> None:
+def test_half_of_what_the_driver_has_out_can_be_asked_for_the_last_half_included() -> None:
     with Arena(next_available=0xFFFC) as arena:
         device = arena.device
+
+        def popped() -> list[int]:
+            return [chain.head for chain in device.pop_many(half=True)]
+
         for head in range(8):
             arena.ring.describe(head, d())
-        arena.ring.offer(*range(8))
-        assert [[chain.head for chain in device.pop_many(half=True)] for _ in range(4)] == [
-            [0, 1, 2, 3], [4, 5], [6], [7],
-        ]  # fmt: skip
-        assert not device.pop_many(half=True)
+        arena.ring.offer(*range(7))
+        assert popped() == [0, 1, 2, 3]
+        # The others are the other half: nothing is made smaller and smaller.
+        assert popped() == [4, 5, 6]
+        assert popped() == []
+        arena.ring.offer(7)
+        assert popped() == [7]
+
+
+def test_a_half_is_of_what_there_is_alone_when_the_ring_has_been_empty() -> None:
+    with Arena(next_available=0) as arena:
+        for head in range(8):
+            arena.ring.describe(head, d())
+        arena.ring.offer(0, 1, 2, 3)
+        assert len(arena.device.pop_many(half=True)) == 2
+        assert len(arena.device.pop_many(half=True)) == 2
+        assert not arena.device.pop_many(half=True)
+        arena.ring.offer(4, 5, 6, 7)
+        assert len(arena.device.pop_many(1, half=True)) == 1
+        assert len(arena.device.pop_many(half=True)) == 2
 
 
 def test_a_look_finds_what_a_pop_would() -> None:

@@ -19,7 +19,7 @@ from lguestlib.virtio.layout import RingIndex
 from lguestlib.virtio.split_device import SplitDeviceQueue
 
 AT_ONCE = 32
-"""Chains taken, served and returned before the driver is told, at most; and half of those there are."""
+"""Chains taken, served and returned before the driver is told, at most; and no more than half of what it has out."""
 
 MERGED_AT_ONCE = 16
 """Chains taken at a time until there is room enough for merging."""

@@ -71,7 +71,7 @@ class SplitDeviceQueue:
         "_used_flags", "_used_idx", "_used_ring", "_avail_event",
         "_indirect", "_event_idx", "_notify_on_empty", "_fence", "_order",
         "_mask", "_next", "_used", "_signalled", "_signal_once", "_fault", "_chains",
-        "_home", "_home_base", "_home_size", "_inflight", "_log", "_recorded",
+        "_home", "_home_base", "_home_size", "_inflight", "_log", "_recorded", "_half",
     )  # fmt: skip
 
     def __init__(
@@ -120,6 +120,8 @@ class SplitDeviceQueue:
         self._order = new_acquire()
 
         self._mask = size - 1
+        # Chains the last pop took of what there was: by now they may be back with the driver.
+        self._half = 0
         self._next = int(next_available) if resumed is None else self._used + resumed & 0xFFFF
         self._signalled = self._used
         self._inflight, self._log = inflight, log
@@ -157,8 +159,8 @@ class SplitDeviceQueue:
     def pop_many(self, limit: int = BATCH, half: bool = False) -> Sequence[Chain]:
         """Up to *limit* available chains, in the driver's order; empty when there are none.
 
-        With *half*, no more than half of those there are, rounded up: the driver has
-        these back, and sees to them, while the device works on the others.
+        With *half*, no more than half of what the driver has out, rounded up, the last
+        ones popped so among it: it sees to one half while the device works on the other.
 
         Raises AvailIndexError, now and ever after, for an impossible avail.idx
         (S2), and a ChainError for a malformed chain that is the next in turn: the
@@ -173,11 +175,13 @@ class SplitDeviceQueue:
         if self._fault or count > self.size:
             raise self._take_fault(announced)
         if not count:
+            self._half = 0
             return ()
         if self._order:
             self._order()
         if half:
-            count = count + 1 >> 1
+            count = min(count, count + self._half + 1 >> 1, limit)
+            self._half = count
         if count > limit:
             count = limit
         start = position & self._mask
