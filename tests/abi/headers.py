@@ -98,6 +98,8 @@ HEADERS = {
             #define LHREQ_EVENTFD 4
             #define LGUEST_VRING_ALIGN 4096
             #define LGUEST_IRQS 32
+            #define ERESTART 85
+            #define WORD sizeof(__u32)
             struct lguest_device_desc {
                 __u8 type, num_vq, feature_len, config_len, status;
                 __u8 config[];

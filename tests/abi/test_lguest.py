@@ -1,6 +1,7 @@
 """lguest's device page, byte for byte as its C launcher filled it in (Linux 3.11)."""
 
 import ctypes
+import errno
 
 import pytest
 
@@ -41,3 +42,24 @@ def test_a_descriptor_with_what_follows_it_is_as_long_as_the_c_launchers(
 
 def test_a_queue_is_told_little_endian() -> None:
     assert bytes(lguest_vqconfig(num=256, irq=1, pfn=0x4001)) == bytes([0, 1, 1, 0, 1, 0x40, 0, 0])
+
+
+def test_requests_are_32_bit_words_whatever_this_interpreters_are() -> None:
+    assert lguest.initialize_request(0xB700_0000, 0x4101, 0x0100_0000) == bytes(
+        [0, 0, 0, 0, 0, 0, 0, 0xB7, 1, 0x41, 0, 0, 0, 0, 0, 1]
+    )
+    assert lguest.irq_request(2) == bytes([2, 0, 0, 0, 2, 0, 0, 0])
+    assert lguest.eventfd_request(0x0400_1000, 7) == bytes([4, 0, 0, 0, 0, 0x10, 0, 4, 7, 0, 0, 0])
+
+
+def test_what_a_word_does_not_hold_is_refused() -> None:
+    with pytest.raises(OverflowError, match="32 bits"):
+        lguest.initialize_request(1 << 32, 1, 0)
+    with pytest.raises(OverflowError, match="32 bits"):
+        lguest.irq_request(-1)
+    with pytest.raises(OverflowError, match="32 bits"):
+        lguest.eventfd_request(1 << 32, 3)
+
+
+def test_a_restart_is_the_kernels_errno() -> None:
+    assert errno.errorcode[lguest.ERESTART] == "ERESTART"
