@@ -281,6 +281,12 @@ class GuestCpu:
         with self._driver.entered():
             return self._driver.wait_for_interrupt(seconds)
 
+    def relax(self) -> None:
+        """Go on after a moment, as a loop does that waits for a change in memory."""
+        with self._driver.entered():
+            pass
+        time.sleep(0.0002)
+
     def crash(self, text: str) -> None:
         """LHCALL_SHUTDOWN: of a panic, or with "Power down"."""
         self.die(f"CRASH: {text[:127]}")
