@@ -9,17 +9,9 @@ from virtio.toy import SIZES, Toy
 
 from lguestlib.abi import virtio_mmio as abi
 from lguestlib.virtio.device import RING_FEATURES
+from lguestlib.virtio.effects import DriverReady, Effect, Notify, QueueReady, QueueStop, Reset
 from lguestlib.virtio.features import Feature
-from lguestlib.virtio.mmio import (
-    REGION_SIZE,
-    DriverReady,
-    Effect,
-    MmioTransport,
-    Notify,
-    QueueReady,
-    QueueStop,
-    Reset,
-)
+from lguestlib.virtio.mmio import REGION_SIZE, MmioTransport
 from lguestlib.virtio.status import Status
 
 A, D, F, OK = Status.ACKNOWLEDGE, Status.DRIVER, Status.FEATURES_OK, Status.DRIVER_OK

@@ -10,9 +10,10 @@ from lguestlib.abi import virtio_mmio as abi
 from lguestlib.memory.address import GuestAddress
 from lguestlib.virtio import mmio_driver
 from lguestlib.virtio.device import RING_FEATURES
+from lguestlib.virtio.effects import DriverReady, Effect, Notify, QueueReady, QueueStop, Reset
 from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import QueueLayout
-from lguestlib.virtio.mmio import DriverReady, Effect, MmioTransport, Notify, QueueReady, QueueStop, Reset
+from lguestlib.virtio.mmio import MmioTransport
 from lguestlib.virtio.mmio_driver import DeviceRefused, MmioDriver
 from lguestlib.virtio.split_device import SplitDeviceQueue
 from lguestlib.virtio.split_driver import Buffer, SplitDriverQueue

@@ -13,9 +13,10 @@ from lguestlib.runtime.queue_thread import QueueThread
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.transfer_thread import TransferThread
 from lguestlib.virtio.device import Device
+from lguestlib.virtio.effects import DriverReady, Effect, Notify, QueueReady, QueueStop, Reset
 from lguestlib.virtio.errors import VirtioError
 from lguestlib.virtio.layout import QueueLayout
-from lguestlib.virtio.mmio import DriverReady, Effect, MmioTransport, Notify, QueueReady, QueueStop, Reset
+from lguestlib.virtio.mmio import MmioTransport
 from lguestlib.virtio.split_device import SplitDeviceQueue
 from lguestlib.virtio.status import Status
 

@@ -91,6 +91,11 @@ class Device(ABC):
         return 0
 
     @property
+    def legacy_features(self) -> int:
+        """The feature bits of this device type that only a driver without VERSION_1 may be offered."""
+        return 0
+
+    @property
     def offered(self) -> int:
         """The feature bits a driver is offered, the ring's included."""
         return (self.features | int(RING_FEATURES)) & ~self.withheld

@@ -12,6 +12,7 @@ from functools import partial
 from lguestlib.abi import virtio_mmio as abi
 from lguestlib.memory.address import GuestAddress
 from lguestlib.virtio.device import Device
+from lguestlib.virtio.effects import DriverReady, Effect, Notify, QueueReady, QueueStop, Reset
 from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import QueueLayout
 from lguestlib.virtio.status import Status, advance
@@ -21,42 +22,6 @@ VERSION = 2
 VENDOR = int.from_bytes(b"lgst", "little")
 REGION_SIZE = 0x1000
 """Bytes of guest-physical address space a device takes."""
-
-
-@dataclass(frozen=True)
-class DriverReady:
-    """DRIVER_OK: start every ready queue, with these features."""
-
-    features: int
-
-
-@dataclass(frozen=True)
-class QueueReady:
-    """A queue was enabled."""
-
-    layout: QueueLayout
-
-
-@dataclass(frozen=True)
-class QueueStop:
-    """Stop this queue, then call `MmioTransport.queue_stopped`."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class Reset:
-    """Stop every queue, then call `MmioTransport.reset_done`."""
-
-
-@dataclass(frozen=True)
-class Notify:
-    """The driver notifies a queue."""
-
-    index: int
-
-
-Effect = DriverReady | QueueReady | QueueStop | Reset | Notify
 
 
 @dataclass

@@ -30,10 +30,11 @@ from lguestlib.runtime.vhost_user.frontend import (
 )
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import RING_FEATURES, Device, Queue
+from lguestlib.virtio.effects import DriverReady, Effect, Notify, QueueReady, QueueStop, Reset
 from lguestlib.virtio.errors import QueueLayoutError
 from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import QueueLayout
-from lguestlib.virtio.mmio import DriverReady, Effect, MmioTransport, Notify, QueueReady, QueueStop, Reset
+from lguestlib.virtio.mmio import MmioTransport
 from lguestlib.virtio.status import Status
 from lguestlib.virtio.vhost_user.frontend import RINGS_MAX
 
