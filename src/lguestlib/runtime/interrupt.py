@@ -1,5 +1,6 @@
 """How a queue's thread interrupts the guest."""
 
+import errno
 import os
 import select
 from collections.abc import Callable
@@ -103,6 +104,22 @@ def unblock_eventfd(fd: int) -> None:
         return
     # Not to sleep in turn if it has been read meanwhile (EAGAIN), or is a pipe (EBADF).
     with suppress(OSError):
-        os.preadv(fd, [bytearray(BYTES)], -1, os.RWF_NOWAIT)
+        _read_now(fd)
         if has_room(fd):
             os.write(fd, SIGNAL)
+
+
+def _read_now(fd: int) -> None:
+    """Read the eventfd *fd* without sleeping.  Raises OSError: BlockingIOError if it is zero."""
+    try:
+        os.preadv(fd, [bytearray(BYTES)], -1, os.RWF_NOWAIT)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        # The kernel is older than 5.8.  Who sleeps in a read or a write of it goes on doing so.
+        blocking = os.get_blocking(fd)
+        os.set_blocking(fd, False)
+        try:
+            os.read(fd, BYTES)
+        finally:
+            os.set_blocking(fd, blocking)

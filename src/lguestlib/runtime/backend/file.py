@@ -12,10 +12,10 @@ from lguestlib.abi.fallocate import (
     FALLOC_FL_ZERO_RANGE,
     fallocate,
 )
-from lguestlib.abi.memfd import memfd
 from lguestlib.abi.uio import UIO_MAXIOV
 from lguestlib.abi.virtio_blk import VIRTIO_BLK_ID_BYTES
 from lguestlib.runtime.backend.bounce import Bounce, block_size_of
+from lguestlib.runtime.backend.unnamed import unnamed_file
 from lguestlib.runtime.trace import Tracer
 from lguestlib.virtio.devices.block import SECTOR
 
@@ -79,8 +79,8 @@ class FileDisk:
 
     @classmethod
     def scratch(cls, size: int, tracer: Tracer | None = None) -> Self:
-        """An empty disk of *size* bytes in memory, gone when it is closed."""
-        return cls(memfd("scratch", size), "scratch", False, tracer)
+        """An empty disk of *size* bytes in an `unnamed_file`, gone when it is closed."""
+        return cls(unnamed_file("scratch", size), "scratch", False, tracer)
 
     @property
     def size(self) -> int:

@@ -1,4 +1,4 @@
-"""Randomness from the kernel, getrandom(2)."""
+"""Randomness from the kernel: getrandom(2), or /dev/urandom where that is all there is (before Linux 3.17)."""
 
 import os
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ class KernelRandom:
         """Fill all of *buffers*; return their length in bytes."""
         filled = 0
         for buffer in buffers:
-            # getrandom gives a copy, so work in pieces that are small whatever the guest asked for.
+            # It comes as a copy, so work in pieces that are small whatever the guest asked for.
             for start in range(0, len(buffer), 4096):
                 piece = buffer[start : start + 4096]
-                piece[:] = os.getrandom(len(piece))
+                piece[:] = os.urandom(len(piece))
             filled += len(buffer)
         return filled

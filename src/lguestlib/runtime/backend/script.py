@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from typing import Self
 
 from lguestlib.abi import uio
-from lguestlib.abi.memfd import memfd
 from lguestlib.runtime.backend.terminal import Terminal
+from lguestlib.runtime.backend.unnamed import unnamed_file
 from lguestlib.runtime.trace import Tracer
 from lguestlib.virtio.chain import part
 
@@ -61,7 +61,7 @@ class Script(Terminal):
 def typed_ahead(commands: Sequence[bytes]) -> Iterator[int]:
     """A descriptor, open inside the ``with`` block, from which *commands* can be read, a line each."""
     text = b"".join(command + b"\n" for command in commands)
-    fd = memfd("commands", 0)
+    fd = unnamed_file("commands", 0)
     try:
         os.pwrite(fd, text, 0)
         yield fd
