@@ -3,6 +3,8 @@
 import gc
 import mmap
 import os
+import resource
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +16,8 @@ from lguestlib.memory.region import Region
 
 PAGE = mmap.PAGESIZE
 BASE = GuestAddress(0x10_0000)
+HUGE = sys.maxsize // 2 + 1
+"""Bytes: more than a machine has, or, of 32 bits, a quarter of all addresses."""
 
 
 def _descriptors() -> set[str]:
@@ -66,13 +70,24 @@ def test_s16_a_range_may_end_where_addresses_do() -> None:
     region.close()
 
 
+@pytest.fixture
+def limited_memory() -> Iterator[None]:
+    """This process may map half a GiB more than it has, which 32 bits leave more of."""
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    mapped = int(Path("/proc/self/statm").read_text().split()[0]) * PAGE
+    resource.setrlimit(resource.RLIMIT_AS, (mapped + (512 << 20), limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_AS, limits)
+
+
+@pytest.mark.usefixtures("limited_memory")
 @pytest.mark.parametrize("make", [Region.anonymous, Region.memfd])
 def test_more_than_the_machine_has_is_an_oserror_that_leaves_nothing(
     make: Callable[[GuestAddress, int], Region],
 ) -> None:
     before = _descriptors()
     with pytest.raises(OSError, match=r"."):
-        make(GuestAddress(0), (1 << 62) - PAGE)
+        make(GuestAddress(0), HUGE - PAGE)
     assert _descriptors() == before
 
 
@@ -123,7 +138,7 @@ def test_a_received_file_is_mapped_at_any_offset(offset: int, file: int) -> None
     ("size", "offset"),
     [
         (5 * PAGE + 1, 0), (1, 5 * PAGE), (PAGE, 4 * PAGE + 1), (2, 5 * PAGE - 1), (1, 5 * PAGE + 1),
-        (1, 1 << 40), (1 << 62, 0), (1 << 62, PAGE), (PAGE, -PAGE), (PAGE, -1), (1, (1 << 64) - 1),
+        (1, 1 << 40), (HUGE, 0), (HUGE, PAGE), (PAGE, -PAGE), (PAGE, -1), (1, (1 << 64) - 1),
         (PAGE, 1 << 64), (PAGE, 1 << 63),
     ],
 )  # fmt: skip
