@@ -4,10 +4,13 @@ import gc
 import mmap
 import os
 import resource
+import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import interpreters
 import pytest
 
 from lguestlib.abi.mmap import address_of
@@ -239,4 +242,38 @@ def test_y6_every_view_is_its_own() -> None:
     one.release()
     other[0] = 1
     other.release()
+    region.close()
+
+
+def test_a_guarded_region_has_a_page_on_either_side_that_kills_who_touches_it() -> None:
+    program = f"""
+import ctypes, sys
+from lguestlib.memory.region import Region
+region = Region.guarded(0, {2 * PAGE})
+with region.view() as view:
+    assert len(view) == {2 * PAGE} and not any(view)
+    view[0] = view[-1] = 1
+assert region.host_address + {2 * PAGE} < 1 << 32
+where = {{"before": region.host_address - 1, "first": region.host_address,
+          "last": region.host_address + {2 * PAGE} - 1, "behind": region.host_address + {2 * PAGE}}}
+print(ctypes.c_char.from_address(where[sys.argv[1]]).value[0])
+"""
+    environment = os.environ | {"PYTHONPATH": str(interpreters.SOURCE)}
+    ended = {
+        name: subprocess.run([sys.executable, "-c", program, name], env=environment, capture_output=True, text=True)
+        for name in ("before", "first", "last", "behind")
+    }
+    assert [ended[name].stdout for name in ("first", "last")] == ["1\n", "1\n"]
+    assert {ended[name].returncode for name in ("before", "behind")} == {-signal.SIGSEGV}
+
+
+def test_a_guarded_region_is_whole_pages_and_goes_like_any_other() -> None:
+    with pytest.raises(ValueError, match="whole pages"):
+        Region.guarded(BASE, PAGE + 1)
+    region = Region.guarded(BASE, PAGE)
+    view = region.view()
+    with pytest.raises(BufferError):
+        region.close()
+    view.release()
+    region.close()
     region.close()

@@ -10,6 +10,8 @@ PROT_WRITE = 2
 MAP_SHARED = 0x01
 MAP_PRIVATE = 0x02
 MAP_ANONYMOUS = 0x20
+MAP_32BIT = 0x40
+"""An address of 31 bits; x86's alone, and of no effect elsewhere."""
 MAP_NORESERVE = 0x4000
 
 

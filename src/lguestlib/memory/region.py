@@ -6,7 +6,7 @@ import sys
 from typing import Self
 
 from lguestlib.abi import memfd as abi_memfd
-from lguestlib.abi.mmap import MAP_ANONYMOUS, MAP_PRIVATE, address_of
+from lguestlib.abi.mmap import MAP_32BIT, MAP_ANONYMOUS, MAP_PRIVATE, PROT_NONE, address_of, mprotect
 from lguestlib.memory.address import GuestAddress, HostAddress
 from lguestlib.memory.mapping import map_shared
 
@@ -16,7 +16,7 @@ _TOP = 1 << 64
 class Region:
     """*size* bytes of guest memory at guest-physical *base*, owned by this object.
 
-    Made by `anonymous`, `memfd` or `from_fd`; released by `close`, and not before.
+    Made by `anonymous`, `guarded`, `memfd` or `from_fd`; released by `close`, and not before.
     """
 
     def __init__(
@@ -37,6 +37,22 @@ class Region:
         """Private zeroed memory.  Raises ValueError for a bad range, OSError (ENOMEM)."""
         _check_range(base, size)
         return cls(base, size, mmap.mmap(-1, size, flags=MAP_PRIVATE | MAP_ANONYMOUS))
+
+    @classmethod
+    def guarded(cls, base: GuestAddress, size: int) -> Self:
+        """Private zeroed memory between two pages that nobody may touch, at a host address of 32 bits.
+
+        For lguest, which maps it for its guest by such addresses.  Whole pages: raises
+        ValueError for a *size* that is none, or a bad range; OSError (ENOMEM).
+        """
+        _check_range(base, size)
+        if size % mmap.PAGESIZE:
+            raise ValueError(f"memory region: {size:#x} bytes are not whole pages of {mmap.PAGESIZE:#x}")
+        mapping = mmap.mmap(-1, size + 2 * mmap.PAGESIZE, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT)
+        region = cls(base, size, mapping, mmap.PAGESIZE)
+        mprotect(region.host_address - mmap.PAGESIZE, mmap.PAGESIZE, PROT_NONE)
+        mprotect(region.host_address + size, mmap.PAGESIZE, PROT_NONE)
+        return region
 
     @classmethod
     def memfd(cls, base: GuestAddress, size: int, name: str = "guest-memory") -> Self:
@@ -78,7 +94,7 @@ class Region:
         ValueError when the region is closed.
         """
         whole = memoryview(self._mapping)
-        return whole[self._skip :] if self._skip else whole
+        return whole[self._skip : self._skip + self.size] if self._skip else whole
 
     def close(self) -> None:
         """Give back the memfd and unmap; closing again is no error.

@@ -60,7 +60,7 @@ def parse_bzimage(data: memoryview) -> Image:
         GuestAddress(header.code32_start),
         32,
         header,
-        _unpacked(header),
+        unpacked(header, header.kernel_alignment),
     )
 
 
@@ -84,13 +84,16 @@ def _setup_header(data: memoryview) -> abi.setup_header:
     return abi.setup_header.from_buffer_copy(bytes(whole)[:size].ljust(ctypes.sizeof(whole), b"\0"))
 
 
-def _unpacked(header: abi.setup_header) -> GuestRange | None:
-    """The memory that init_size asks for, boot protocol 2.10 on, where the kernel will be."""
+def unpacked(header: abi.setup_header, kernel_alignment: int) -> GuestRange | None:
+    """The memory that init_size asks for, boot protocol 2.10 on, where the kernel will be.
+
+    *kernel_alignment* is what the boot parameters say, in bytes.
+    """
     if not header.init_size:
         return None
     start = header.pref_address
     if header.relocatable_kernel:
-        alignment = header.kernel_alignment or 1
+        alignment = kernel_alignment or 1
         start = -(-max(LOAD_ADDRESS, start) // alignment) * alignment
     return GuestRange(GuestAddress(start), header.init_size)
 

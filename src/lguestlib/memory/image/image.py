@@ -80,9 +80,13 @@ def check_file(data: memoryview, offset: int, length: int, what: str) -> None:
 def check_memory(memory: GuestMemory, where: GuestRange, what: str) -> None:
     """Raise ImageError unless guest memory holds *what*, at *where*."""
     if not memory.contains(where.start, where.size):
-        end = memory.regions[-1].end
-        help = f": give the guest {-(-where.end // 2**20)} MiB" if where.end > end else ""
-        raise ImageError(f"{what}: {where} is not all in guest memory, which ends at {end:#x}{help}")
+        raise not_in_memory(where, what, memory.regions[-1].end)
+
+
+def not_in_memory(where: GuestRange, what: str, end: int) -> ImageError:
+    """The error for *what*, at *where*, in a guest whose memory ends at *end*."""
+    help = f": give the guest {-(-where.end // 2**20)} MiB" if where.end > end else ""
+    return ImageError(f"{what}: {where} is not all in guest memory, which ends at {end:#x}{help}")
 
 
 def check_apart(ranges: Iterable[tuple[str, GuestRange]]) -> None:

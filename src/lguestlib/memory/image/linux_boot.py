@@ -80,7 +80,7 @@ class LinuxBoot:
         header = abi.setup_header.from_buffer_copy(self.setup or self.kernel.setup or plain_setup())
         parameters = GuestRange(self.parameters_at, ctypes.sizeof(abi.boot_params))
         command_line = GuestRange(self.command_line_at, len(self.command_line) + 1)
-        self._check_command_line(header.cmdline_size or COMMAND_LINE_SIZE_BEFORE_2_06)
+        check_command_line(self.command_line, header.cmdline_size or COMMAND_LINE_SIZE_BEFORE_2_06)
         self._check_map(memory, 2 if header.hardware_subarch == abi.X86_SUBARCH_PC else 1)
         named = [("boot parameters", parameters), ("command line", command_line)]
         for what, where in named:
@@ -104,14 +104,8 @@ class LinuxBoot:
         header.cmd_line_ptr = command_line.start
         header.type_of_loader = header.type_of_loader or abi.TYPE_OF_LOADER_UNDEFINED
         memory.write(command_line.start, self.command_line + b"\0")
-        memory.write(parameters.start, bytes(self._boot_params(header)))
+        memory.write(parameters.start, bytes(boot_params(header, self.e820)))
         return BootParameters(parameters.start, command_line, initrd)
-
-    def _check_command_line(self, limit: int) -> None:
-        if b"\0" in self.command_line:
-            raise ImageError(f"command line: has a NUL at byte {self.command_line.index(0)}")
-        if len(self.command_line) > limit:
-            raise ImageError(f"command line: {len(self.command_line)} bytes, this kernel takes {limit}")
 
     def _check_map(self, memory: GuestMemory, least: int) -> None:
         count, most = len(self.e820), abi.E820_MAX_ENTRIES_ZEROPAGE
@@ -123,11 +117,21 @@ class LinuxBoot:
             if type == abi.E820_TYPE_RAM:
                 check_memory(memory, where, f"memory map: entry {index}")
 
-    def _boot_params(self, header: abi.setup_header) -> abi.boot_params:
-        parameters = abi.boot_params(hdr=header, e820_entries=len(self.e820))
-        for index, (where, type) in enumerate(self.e820):
-            parameters.e820_table[index] = abi.boot_e820_entry(where.start, where.size, type)
-        return parameters
+
+def check_command_line(command_line: bytes, limit: int) -> None:
+    """Raise ImageError for a NUL in *command_line*, or more than *limit* bytes without the one behind it."""
+    if b"\0" in command_line:
+        raise ImageError(f"command line: has a NUL at byte {command_line.index(0)}")
+    if len(command_line) > limit:
+        raise ImageError(f"command line: {len(command_line)} bytes, this kernel takes {limit}")
+
+
+def boot_params(header: abi.setup_header, e820: Sequence[E820Entry]) -> abi.boot_params:
+    """The boot parameters that hold *header* and the memory map, and are zero elsewhere."""
+    parameters = abi.boot_params(hdr=header, e820_entries=len(e820))
+    for index, (where, type) in enumerate(e820):
+        parameters.e820_table[index] = abi.boot_e820_entry(where.start, where.size, type)
+    return parameters
 
 
 def plain_setup() -> abi.setup_header:
