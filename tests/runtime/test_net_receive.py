@@ -23,6 +23,7 @@ from lguestlib.runtime.queue_thread import QueueEnds
 from lguestlib.runtime.trace import Tracer
 from lguestlib.virtio import errors
 from lguestlib.virtio.devices.net import HEADER_SIZE, Net
+from lguestlib.virtio.features import Feature
 from lguestlib.virtio.split_device import SplitDeviceQueue
 
 STOP_SECONDS = 0.1
@@ -134,7 +135,7 @@ def test_a_lone_packet_makes_the_seeds_calls_and_no_others(
 
 def test_without_the_feature_a_packet_has_one_buffer(cable: tuple[PacketNetwork, socket.socket]) -> None:
     network, far = cable
-    with Receiver(network, 0) as rig:
+    with Receiver(network, int(Feature.VERSION_1)) as rig:
         rig.give(4)
         rig.start()
         far.send(packet(1000))

@@ -47,6 +47,18 @@ def test_it_answers_who_has_and_pings(network: Responder) -> None:
         assert echo and echo.sequence == sequence
 
 
+def test_t2_headers_are_those_of_the_negotiated_features(network: Responder) -> None:
+    network.activate(0)
+    question = arp_request(GUEST, HOST.address)
+    network.send([memoryview(bytearray(10)), memoryview(bytearray(question))])
+    reply = memoryview(bytearray(2000))
+    length = network.receive([reply])
+    assert arp_reply(bytes(reply[10:length])) == HOST
+    network.activate(1 << 15)
+    send(network, question)
+    assert arp_reply(receive(network)) == HOST
+
+
 def test_frames_that_ask_nothing_get_no_answer(network: Responder) -> None:
     for frame in (b"x", os.urandom(1500), os.urandom(65536), arp_request(GUEST, bytes([10, 0, 0, 1]))):
         send(network, frame)

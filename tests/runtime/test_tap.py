@@ -130,6 +130,27 @@ def test_an_interface_that_is_there_is_used_and_stays() -> None:
     in_namespace(test)
 
 
+def test_t2_headers_are_those_of_the_negotiated_features() -> None:
+    def test() -> None:
+        with Interfaces() as interfaces:
+            tap = Tap()
+            interfaces.set_address(tap.name, HOST)
+            interfaces.set_up(tap.name)
+        for features, size in ((0, 10), (1 << 15, 12), (0, 10), (1 << 32, 12)):
+            tap.activate(features)
+            host = None
+            while not host:
+                tap.send([memoryview(bytearray(bytes(size) + arp_request(GUEST, HOST.address)))])
+                if select.select([tap.fd], [], [], 0.05)[0]:
+                    packet = memoryview(bytearray(2000))
+                    length = tap.receive([packet])
+                    host = arp_reply(bytes(packet[size:length]))
+            assert host.address == HOST.address
+        tap.close()
+
+    in_namespace(test)
+
+
 def test_whoever_opens_it_next_finds_no_offloads_on() -> None:
     def test() -> None:
         tap = Tap.existing(made("here"))

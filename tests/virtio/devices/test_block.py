@@ -119,6 +119,46 @@ def test_a_disk_offers_what_can_be_done_with_it() -> None:
     assert only_its_own(Block(Disk()))
 
 
+BARRIER = abi.VIRTIO_BLK_T_BARRIER
+
+
+def test_t2_a_legacy_barrier_is_between_two_flushes() -> None:
+    disk = Disk()
+    block = Block(disk)
+    assert block.legacy_features == 1 << abi.VIRTIO_BLK_F_BARRIER and not block.offered & block.legacy_features
+    block.activate(1 << abi.VIRTIO_BLK_F_BARRIER)
+    write = Request(header(OUT | BARRIER, 1) + b"x" * SECTOR, 1)
+    assert (block.serve_request(write.chain), bytes(write.writable)) == (1, b"\0")
+    assert disk.content[SECTOR : 2 * SECTOR] == b"x" * SECTOR
+    read = Request(header(IN | BARRIER, 1), SECTOR + 1)
+    used = block.serve_request(read.chain)
+    assert (used, bytes(read.writable)) == (SECTOR + 1, b"x" * SECTOR + b"\0")
+    flush = ("flush", 0, 0)
+    assert disk.calls == [flush, ("write", SECTOR, SECTOR), flush, flush, ("read", SECTOR, SECTOR), flush]
+    past = Request(header(OUT | BARRIER, SECTORS) + bytes(SECTOR), 1)
+    block.serve_request(past.chain)
+    assert past.writable == bytes([IOERR])
+
+
+def test_t2_without_the_feature_a_barrier_is_no_request() -> None:
+    disk = Disk()
+    assert ask(disk, OUT | BARRIER, 0, bytes(SECTOR)) == (UNSUPP, 1)
+    assert disk.calls == []
+    assert Block(disk, transfer_file=3).legacy_features == 0
+
+
+@pytest.mark.parametrize("barrier", [0, BARRIER])
+def test_t2_legacy_scsi_commands_are_not_supported(barrier: int) -> None:
+    disk = Disk()
+    block = Block(disk)
+    block.activate(1 << abi.VIRTIO_BLK_F_BARRIER)
+    for kind in (abi.VIRTIO_BLK_T_SCSI_CMD, abi.VIRTIO_BLK_T_SCSI_CMD | OUT):
+        request = Request(header(kind | barrier) + bytes(96), 1)
+        block.serve_request(request.chain)
+        assert request.writable == bytes([UNSUPP])
+    assert {call for call, _, _ in disk.calls} <= {"flush"}
+
+
 def test_there_is_one_queue_for_requests() -> None:
     device = Block(Disk())
     assert (device.name, Block(Disk(), "block 2").name) == ("block", "block 2")

@@ -186,6 +186,27 @@ def test_s19_a_packet_longer_than_its_buffer_is_cut_and_its_length_the_buffers()
         assert Net(Network(), MAC).serve_receive(request.chain) == room
 
 
+@pytest.mark.parametrize(
+    ("features", "size"),
+    [(0, 10), (1 << 0 | 1 << 5, 10), (1 << 15, 12), (1 << 32, 12), (1 << 15 | 1 << 32, 12)],
+)
+def test_t2_the_header_is_a_legacy_drivers_where_neither_version_1_nor_mrg_rxbuf_is_negotiated(
+    features: int, size: int
+) -> None:
+    network = Network()
+    device = Net(network, MAC)
+    device.activate(features)
+    request = Request(room=100)
+    assert device.serve_receive(request.chain) == 60
+    assert request.writable[10:12] == (b"\1\0" if size == 12 else network.arriving[10:12])
+    assert device.serve_receive(Request(room=size).chain) == 0
+    assert device.serve_receive(Request(room=size + 1).chain) == size + 1
+    device.serve_transmit(Request(bytes(size)).chain)
+    assert (device.dropped, network.sent) == (1, [])
+    device.serve_transmit(Request(bytes(size + 1)).chain)
+    assert (device.dropped, len(network.sent)) == (1, 1)
+
+
 # Mergeable buffers.
 
 ROOM = HEADER_SIZE + ETHERNET_SIZE + 1500

@@ -8,7 +8,7 @@ from lguestlib.runtime.trace import Tracer
 
 
 class PacketNetwork:
-    """Frames, each behind a `virtio_net_hdr_v1`, through the descriptor *fd*, owned by this.
+    """Frames, each behind a header as `NetBackend` has it, through the descriptor *fd*, owned by this.
 
     *role* names the descriptor in traces.
     """

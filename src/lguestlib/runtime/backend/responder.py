@@ -10,7 +10,7 @@ import threading
 from lguestlib.runtime.backend.packet import PacketNetwork
 from lguestlib.runtime.packets import Station, answer
 from lguestlib.runtime.trace import Tracer
-from lguestlib.virtio.devices.net import HEADER_SIZE
+from lguestlib.virtio.devices.net import HEADER_SIZE, header_size
 
 MAC = bytes.fromhex("02005e000001")
 _PACKET_MAX = HEADER_SIZE + 65536 + 18
@@ -23,15 +23,21 @@ class Responder(PacketNetwork):
         near, self._far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         super().__init__(near.detach(), "responder", tracer)
         self._host = Station(MAC, socket.inet_aton(address))
+        self._header_size = HEADER_SIZE
         self._thread = threading.Thread(target=self._serve, name="responder", daemon=True)
         self._thread.start()
+
+    def activate(self, features: int) -> None:
+        """Headers are those of *features*, from the next frame on."""
+        self._header_size = header_size(features)
 
     def _serve(self) -> None:
         try:
             while packet := self._far.recv(_PACKET_MAX):
-                reply = answer(packet[HEADER_SIZE:], self._host)
+                size = self._header_size
+                reply = answer(packet[size:], self._host)
                 if reply is not None:
-                    self._send(bytes(HEADER_SIZE) + reply)
+                    self._send(bytes(size) + reply)
         except OSError:
             # The network was closed with frames under way.
             return

@@ -14,7 +14,7 @@ from lguestlib.abi.netdevice import ifreq
 from lguestlib.runtime.backend.packet import PacketNetwork
 from lguestlib.runtime.interface import Interfaces
 from lguestlib.runtime.trace import Tracer
-from lguestlib.virtio.devices.net import HEADER_SIZE
+from lguestlib.virtio.devices.net import HEADER_SIZE, header_size
 
 DEVICE = "/dev/net/tun"
 
@@ -53,7 +53,7 @@ class Tap(PacketNetwork):
             request = ifreq(ifr_name=os.fsencode(name))
             request.ifr_ifru.ifru_flags = _FLAGS | (tun.IFF_TUN_EXCL if new else 0)
             ioctl(fd, tun.TUNSETIFF, request, "TUNSETIFF", name)
-            ioctl(fd, tun.TUNSETVNETHDRSZ, ctypes.c_int(HEADER_SIZE), "TUNSETVNETHDRSZ", name)
+            _set_header_size(fd, HEADER_SIZE, name)
             ioctl(fd, tun.TUNSETOFFLOAD, 0, "TUNSETOFFLOAD", name)
         except BaseException:
             os.close(fd)
@@ -96,7 +96,8 @@ class Tap(PacketNetwork):
             return interfaces.mtu(self.name)
 
     def activate(self, features: int) -> None:
-        """Let the kernel leave to the guest what it has agreed to do.  Raises OSError."""
+        """Let the kernel leave to the guest what it has agreed to do, behind its headers.  Raises OSError."""
+        _set_header_size(self.fd, header_size(features), self.name)
         flags = sum(flag for bit, flag in _GUEST_OFFLOADS.items() if features & 1 << bit)
         ioctl(self.fd, tun.TUNSETOFFLOAD, flags, "TUNSETOFFLOAD", self.name)
 
@@ -105,3 +106,7 @@ class Tap(PacketNetwork):
         with suppress(OSError):
             self.activate(0)
         super().close()
+
+
+def _set_header_size(fd: int, size: int, name: str) -> None:
+    ioctl(fd, tun.TUNSETVNETHDRSZ, ctypes.c_int(size), "TUNSETVNETHDRSZ", name)

@@ -28,6 +28,8 @@ _HEADER = struct.Struct("<IIQ")
 _HEADER_SIZE, _unpack_header = _HEADER.size, _HEADER.unpack
 _SEGMENT = struct.Struct("<QII")
 _ID_SIZE = abi.VIRTIO_BLK_ID_BYTES
+_BARRIER = abi.VIRTIO_BLK_T_BARRIER
+"""The bit of a legacy request's type."""
 # A member of an enumeration is found slowly through its class.
 _READ, _WRITE, _FLUSH = Operation.READ, Operation.WRITE, Operation.FLUSH
 _BY_CALL = (errno.EINVAL, errno.EAGAIN)
@@ -105,12 +107,22 @@ class Block(Device):
         # The queues' threads read it, each once for a request; only `resized` writes it.
         self._size = backend.size
         self._requests: dict[int, Callable[[int, Buffers, Buffers], int]] = {
+            VIRTIO_BLK_T_IN: self._read_all,
             VIRTIO_BLK_T_OUT: self._write,
             abi.VIRTIO_BLK_T_FLUSH: self._flush,
             abi.VIRTIO_BLK_T_GET_ID: self._get_id,
             abi.VIRTIO_BLK_T_DISCARD: self._discard,
             abi.VIRTIO_BLK_T_WRITE_ZEROES: self._write_zeroes,
         }
+        self._barriers = False
+
+    @property
+    def legacy_features(self) -> int:
+        # Not with transfers: a barrier stands between all of them, and here the others go on.
+        return 0 if self._transfers else 1 << abi.VIRTIO_BLK_F_BARRIER
+
+    def activate(self, features: int) -> None:
+        self._barriers = bool(features & 1 << abi.VIRTIO_BLK_F_BARRIER)
 
     @property
     def features(self) -> int:
@@ -191,10 +203,9 @@ class Block(Device):
                 offset = sector * SECTOR
                 if length % SECTOR or length > self._size - offset or self._write_from(readable[1:], offset) != length:
                     self._write(sector, readable[1:], data)
-            elif kind not in self._requests:
-                raise _Refused(abi.VIRTIO_BLK_S_UNSUPP)
             else:
-                written = self._requests[kind](sector, _payload(readable, chain.readable_length), data)
+                serve = self._serve_between_flushes if kind & _BARRIER and self._barriers else self._serve
+                written = serve(kind, sector, _payload(readable, chain.readable_length), data)
                 if written == room - 1:
                     # Counted from the start: a short answer leaves a hole before the status (S19).
                     written = room
@@ -207,6 +218,18 @@ class Block(Device):
         except OSError as error:
             status[0] = _status(error.errno)
             return 1 if room == 1 else 0
+        return written
+
+    def _serve(self, kind: int, sector: int, payload: Buffers, data: Buffers) -> int:
+        if kind not in self._requests:
+            raise _Refused(abi.VIRTIO_BLK_S_UNSUPP)
+        return self._requests[kind](sector, payload, data)
+
+    def _serve_between_flushes(self, kind: int, sector: int, payload: Buffers, data: Buffers) -> int:
+        """A legacy barrier: all before it is on stable storage before it begins, and it is when it ends."""
+        self._backend.flush()
+        written = self._serve(kind & ~_BARRIER, sector, payload, data)
+        self._backend.flush()
         return written
 
     def begin_request(self, chain: Chain) -> Transfer | None:
@@ -275,6 +298,11 @@ class Block(Device):
     def _read(self, sector: int, data: Buffers, length: int) -> None:
         """Read with all checks, and in pieces where the disk gives no more at once."""
         self._transfer(self._backend.read, data, self._extent(sector, length), length)
+
+    def _read_all(self, sector: int, payload: Buffers, data: Buffers) -> int:
+        length = sum(map(len, data))
+        self._read(sector, data, length)
+        return length
 
     def _write(self, sector: int, payload: Buffers, data: Buffers) -> int:
         self._writable()

@@ -8,9 +8,13 @@ from lguestlib.abi import virtio_net as abi
 from lguestlib.abi.virtio_ids import VIRTIO_ID_NET
 from lguestlib.virtio.chain import Chain, part
 from lguestlib.virtio.device import Device, Queue
+from lguestlib.virtio.features import Feature
 
 HEADER_SIZE = 12
 """Bytes of `virtio_net_hdr_v1`, before each frame in both directions (virtio 1.3, 5.1.6)."""
+
+LEGACY_HEADER_SIZE = 10
+"""Bytes of the header of a legacy driver without mergeable buffers: no num_buffers (5.1.6.1; T2)."""
 
 MTU = 1500
 """The bytes in a frame behind its Ethernet header, at most, where nothing else is said."""
@@ -33,21 +37,28 @@ _GSO = sum(
 OFFERED_MAX = 256
 """Buffers that one call of a back-end's `receive` is given, with one more behind them."""
 
-_NUM_BUFFERS_AT = 10
+_NUM_BUFFERS_AT = LEGACY_HEADER_SIZE
 _ONE_BUFFER = struct.pack("<H", 1)
 _CONFIG = struct.Struct("<6sH")
 _CONFIG_MTU = struct.Struct("<6sHHH")
 
 
+def header_size(features: int) -> int:
+    """The bytes before each frame with *features* negotiated."""
+    if features & (Feature.VERSION_1 | 1 << abi.VIRTIO_NET_F_MRG_RXBUF):
+        return HEADER_SIZE
+    return LEGACY_HEADER_SIZE
+
+
 class NetBackend(Protocol):
-    """A network that carries frames, each behind a `virtio_net_hdr_v1`."""
+    """A network that carries frames, each behind a header: a `virtio_net_hdr_v1` until `activate` tells."""
 
     @property
     def offloads(self) -> int:
         """The VIRTIO_NET_F_* offload bits this network can carry."""
 
     def activate(self, features: int) -> None:
-        """Carry what *features*, the negotiated ones, allow."""
+        """Carry what *features*, the negotiated ones, allow, behind headers of their `header_size`."""
 
     def send(self, buffers: Sequence[memoryview]) -> int:
         """Send one header and frame; return the bytes taken.  Raises OSError if it is refused."""
@@ -177,6 +188,7 @@ class Net(Device):
         """The receive queue's work with VIRTIO_NET_F_MRG_RXBUF negotiated."""
         self._backend = backend
         self._send = backend.send
+        self._header_size = HEADER_SIZE
 
     @property
     def features(self) -> int:
@@ -198,13 +210,14 @@ class Net(Device):
 
     def activate(self, features: int) -> None:
         self._backend.activate(features)
+        self._header_size = header_size(features)
         merging = features & 1 << abi.VIRTIO_NET_F_MRG_RXBUF
         mtu = MTU_MAX if features & _GSO else self.mtu or MTU
         self.merged.start(HEADER_SIZE + ETHERNET_SIZE + mtu if merging else 0)
 
     def serve_transmit(self, chain: Chain) -> int:
         """Service of transmitq1 (virtio 1.3, 5.1.6.2): a frame the network refuses is lost."""
-        if chain.readable_length <= HEADER_SIZE:
+        if chain.readable_length <= self._header_size:
             self.dropped += 1
             return 0
         try:
@@ -217,11 +230,12 @@ class Net(Device):
 
     def serve_receive(self, chain: Chain) -> int:
         """Service of receiveq1 (virtio 1.3, 5.1.6.4)."""
-        if chain.writable_length <= HEADER_SIZE:
+        if chain.writable_length <= self._header_size:
             # No room for any frame: give it back rather than lose one (S33).
             return 0
         length = self._backend.receive(chain.writable)
-        _set_num_buffers(chain, _ONE_BUFFER)
+        if self._header_size == HEADER_SIZE:
+            _set_num_buffers(chain, _ONE_BUFFER)
         return length
 
 
