@@ -66,7 +66,9 @@ def test_a_session_has_its_disk_its_network_and_its_randomness(interpreter: list
     assert "3 sent, 3 received" in done.stdout
 
 
-@pytest.mark.parametrize("command", [["probe"], ["ping", "--hypervisor", "inprocess", "--count", "3"], ["--help"]])
+@pytest.mark.parametrize(
+    "command", [["probe"], ["ping", "--hypervisor", "inprocess", "--count", "3"], ["--help"]], ids=" ".join
+)
 def test_other_commands_do_not_need_young_calls_either(interpreter: list[str], command: list[str]) -> None:
     done = run(interpreter, "-m", "lguestlib", *command)
     assert "Traceback" not in done.stderr
