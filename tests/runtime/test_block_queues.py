@@ -18,7 +18,7 @@ from lguestlib.abi.virtio_mmio import VIRTIO_MMIO_INT_CONFIG
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.backend.file import FileDisk
-from lguestlib.runtime.device_runner import DeviceRunner
+from lguestlib.runtime.mmio_runner import MmioDeviceRunner
 from lguestlib.virtio.device import RING_FEATURES
 from lguestlib.virtio.devices.block import SECTOR, Block, BlockBackend
 from lguestlib.virtio.layout import QueueLayout
@@ -44,7 +44,7 @@ class Guest:
         self.device = Block(disk, "disk", queues)
         self.memory = GuestMemory.anonymous(16 << 20)
         self.reports: list[str] = []
-        self.runner = DeviceRunner(self.device, self.memory, self.reports.append)
+        self.runner = MmioDeviceRunner(self.device, self.memory, self.reports.append)
         self.driver = MmioDriver(self.runner)
         features = self.driver.negotiate(int(RING_FEATURES) | self.device.features)
         self.rings: list[SplitDriverQueue[int]] = []

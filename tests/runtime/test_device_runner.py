@@ -13,7 +13,7 @@ from lguestlib.abi import uio
 from lguestlib.abi import virtio_mmio as abi
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
-from lguestlib.runtime.device_runner import DeviceRunner
+from lguestlib.runtime.mmio_runner import MmioDeviceRunner
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import RING_FEATURES, Device, Queue
 from lguestlib.virtio.errors import AvailIndexError, QueueLayoutError
@@ -54,7 +54,7 @@ class Echo(Device):
 class Guest:
     """The driver of one device, with a ring for each queue."""
 
-    def __init__(self, runner: DeviceRunner, memory: GuestMemory) -> None:
+    def __init__(self, runner: MmioDeviceRunner, memory: GuestMemory) -> None:
         self.runner = runner
         self.memory = memory
         self.driver = MmioDriver(runner)
@@ -116,7 +116,7 @@ def device(source: tuple[int, int]) -> Echo:
 
 @pytest.fixture
 def guest(device: Echo, memory: GuestMemory, reports: list[str]) -> Iterator[Guest]:
-    runner = DeviceRunner(device, memory, reports.append)
+    runner = MmioDeviceRunner(device, memory, reports.append)
     made = Guest(runner, memory)
     yield made
     made.release()
@@ -144,7 +144,7 @@ def test_threads_that_wake_each_other_share_a_processor_where_they_must_take_tur
 ) -> None:
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: gil, raising=False)
     allowed = os.sched_getaffinity(0)
-    runner = DeviceRunner(device, memory, print)
+    runner = MmioDeviceRunner(device, memory, print)
     guest = Guest(runner, memory)
     guest.start()
     assert guest.request(b"here") == b"here"
@@ -229,7 +229,7 @@ def test_a_broken_ring_stops_its_device_and_a_reset_mends_it(guest: Guest, repor
 def test_a_service_that_raises_fails_its_device_and_no_other(
     guest: Guest, device: Echo, memory: GuestMemory, reports: list[str]
 ) -> None:
-    other = DeviceRunner(Echo(), memory, reports.append)
+    other = MmioDeviceRunner(Echo(), memory, reports.append)
     device.serve = lambda chain: 1 // 0
     guest.start()
     guest.rings[0].add([buffer(0)], [], 0)

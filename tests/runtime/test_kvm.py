@@ -12,7 +12,8 @@ from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime import kvm
 from lguestlib.runtime.kvm import KvmMachine, KvmUnusable, open_kvm
-from lguestlib.runtime.machine import DEVICES_AT, DEVICES_MAX, Crash, Outcome, PowerOff, Reboot, Stopped
+from lguestlib.runtime.machine import Crash, Outcome, PowerOff, Reboot, Stopped
+from lguestlib.runtime.mmio_machine import DEVICES_AT, DEVICES_MAX
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Device, Queue
 

@@ -97,7 +97,7 @@ def guest(machine: InprocessMachine) -> Outcome:
 def machine_of_ones_own() -> Outcome:
     """A machine with the device in it, run until its guest ends."""
     with InprocessMachine(GuestMemory.anonymous(16 << 20), guest, report=print) as machine:
-        runner = machine.add(Reverser("reverser"))  # Runner
+        runner = machine.add(Reverser("reverser"))  # MmioRunner
         place = machine.address_of(0)  # GuestAddress
         assert runner.device.name == "reverser" and place
         machine.start()

@@ -72,7 +72,7 @@ MISUSES = [
 _PREPARED = """\
 from lguestlib.memory.address import GuestAddress, GuestRange, HostAddress
 from lguestlib.memory.guest import GuestMemory
-from lguestlib.runtime.machine import Machine
+from lguestlib.runtime.mmio_machine import MmioMachine
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Queue
 from lguestlib.virtio.layout import DescriptorIndex, QueueLayout, RingIndex
@@ -81,7 +81,7 @@ from lguestlib.virtio.split_driver import Buffer, SplitDriverQueue
 def misuse(
     guest: GuestAddress, host: HostAddress, head: DescriptorIndex, position: RingIndex, queue: Queue,
     memory: GuestMemory, layout: QueueLayout, buffer: Buffer, driver: SplitDriverQueue[int],
-    machine: Machine,
+    machine: MmioMachine,
 ) -> None:
 """
 

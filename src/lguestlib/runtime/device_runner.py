@@ -1,53 +1,87 @@
-"""One device at work: its transport, its kicks, its interrupt, and a thread per queue."""
+"""One device at work, whatever its transport: its kicks, its interrupts, and a thread per queue."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.counters import QueueCounters
 from lguestlib.runtime.failure import describe, without_frames
 from lguestlib.runtime.gil import meeting_place
-from lguestlib.runtime.interrupt import EventfdInterrupt
+from lguestlib.runtime.interrupt import Interrupt
 from lguestlib.runtime.kick import EventfdKick
 from lguestlib.runtime.queue_thread import QueueThread
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.transfer_thread import TransferThread
 from lguestlib.virtio.device import Device
-from lguestlib.virtio.effects import DriverReady, Effect, Notify, QueueReady, QueueStop, Reset
+from lguestlib.virtio.effects import (
+    DriverFailed,
+    DriverReady,
+    Effect,
+    Notify,
+    QueueReady,
+    QueueStop,
+    Reset,
+)
 from lguestlib.virtio.errors import VirtioError
 from lguestlib.virtio.layout import QueueLayout
-from lguestlib.virtio.mmio import MmioTransport
 from lguestlib.virtio.split_device import SplitDeviceQueue
 from lguestlib.virtio.status import Status
 
 _FINISH_LOOK_SECONDS = 0.05
 
 
-class DeviceRunner:
-    """Runs *device* on guest *memory* as its driver asks through `transport`.
+class Transport(Protocol):
+    """What a runner knows of the model of its device's transport."""
 
-    Kicks and the interrupt live as long as the runner; threads and rings from
-    DRIVER_OK to the next reset.  *report* is given a line for people when the
-    device fails.  *interrupt_fd*, if there is one to use, becomes the runner's.
+    @property
+    def status(self) -> Status:
+        """The device status field."""
+
+    @property
+    def features(self) -> int:
+        """The features negotiated."""
+
+    @property
+    def layouts(self) -> Sequence[QueueLayout]:
+        """The layouts of the ready queues."""
+
+    def reset_done(self) -> None:
+        """Every queue has stopped."""
+
+    def queue_stopped(self, index: int) -> None:
+        """Queue *index* no longer touches its ring."""
+
+    def fail(self) -> None:
+        """The device has failed: only a reset helps it."""
+
+
+class DeviceRunner:
+    """Runs *device* on guest *memory* as its driver asks through a *transport*, each queue with its interrupt.
+
+    Kicks and interrupts live as long as the runner; threads and rings from the
+    driver's start of the device to the next reset.  *report* is given a line for people
+    when the device fails.
     """
 
     def __init__(
         self,
         device: Device,
+        transport: Transport,
         memory: GuestMemory,
+        interrupts: Sequence[Interrupt],
         report: Callable[[str], None],
         tracer: Tracer | None = None,
-        interrupt_fd: int | None = None,
     ) -> None:
         self.device = device
-        self.transport = MmioTransport(device)
         self.queues = tuple(device.queues())
         self.kicks = [EventfdKick(tracer=tracer) for _ in self.queues]
-        self.interrupt = EventfdInterrupt(self.transport.used_buffer, interrupt_fd, tracer)
         self.counters = [QueueCounters() for _ in self.queues]
         self.failure: Exception | None = None
         """What the device failed of, until it is reset."""
+        self._transport = transport
         self._memory = memory
+        self._interrupts = interrupts
         self._report = report
         # What one queue sends out comes back by another's: a ping's echo within the call that sent it.
         self._processor = meeting_place() if any(queue.from_outside for queue in self.queues) else None
@@ -55,19 +89,10 @@ class DeviceRunner:
         # Held by whoever starts or stops threads, never by a queue's thread.
         self._lock = threading.Lock()
         self._failing = threading.Lock()
-        device.on_config_change = self._config_changed
 
-    def read(self, offset: int, size: int) -> bytes:
-        """The driver reads *size* bytes of the registers at *offset*."""
-        return self.transport.read(offset, size)
-
-    def write(self, offset: int, data: bytes) -> None:
-        """The driver writes *data* to the registers at *offset*; done when this returns."""
-        effect = self.transport.write(offset, data)
-        if effect is not None:
-            self._apply(effect)
-
-    def _apply(self, effect: Effect) -> None:
+    def apply(self, effect: Effect) -> None:
+        """Do what the driver has asked for; done when this returns."""
+        transport = self._transport
         with self._lock:
             match effect:
                 case Notify(index):
@@ -77,35 +102,39 @@ class DeviceRunner:
                         self.device.activate(features)
                     except Exception as error:
                         self._fail(self.device.name, error)
-                    for layout in self.transport.layouts:
+                    for layout in transport.layouts:
                         self._start(layout)
                 case QueueReady(layout):
-                    if self.transport.status & Status.DRIVER_OK:
+                    if transport.status & Status.DRIVER_OK:
                         self._start(layout)
                 case QueueStop(index):
                     self._stop([index])
-                    self.transport.queue_stopped(index)
-                case Reset():
+                    transport.queue_stopped(index)
+                case Reset() | DriverFailed():
                     self._stop(list(self._threads))
                     self.failure = None
                     try:
                         self.device.deactivate()
                     finally:
-                        self.transport.reset_done()
+                        transport.reset_done()
+        if effect == DriverFailed():
+            self._report(f"{self.device.name}: its driver has given it up")
 
+    def _interrupt_for_failure(self) -> None:
+        """Interrupt a driver that is to look at the device's status."""
     def _start(self, layout: QueueLayout) -> None:
         if self.failure:
             return
         index = layout.index
         queue = self.queues[index]
         try:
-            ring = SplitDeviceQueue(layout, self._memory, self.transport.features)
+            ring = SplitDeviceQueue(layout, self._memory, self._transport.features)
         except VirtioError as error:
             self._fail(f"{self.device.name} {queue.name}", error)
             return
         kind = TransferThread if queue.transfers else QueueThread
         thread = kind(
-            f"{self.device.name} {queue.name}", queue, ring, self.kicks[index], self.interrupt,
+            f"{self.device.name} {queue.name}", queue, ring, self.kicks[index], self._interrupts[index],
             self.counters[index], self._thread_failed, self._processor,
         )  # fmt: skip
         self._threads[index] = thread
@@ -132,14 +161,9 @@ class DeviceRunner:
             self.failure = without_frames(error)
         for thread in list(self._threads.values()):
             thread.request_stop()
-        self.transport.fail()
-        self.interrupt.signal_config()
+        self._transport.fail()
+        self._interrupt_for_failure()
         self._report(f"{where}: {describe(error)}; the device has stopped until it is reset")
-
-    def _config_changed(self, device: Device) -> None:
-        if self.transport.status & Status.DRIVER_OK:
-            self.transport.config_changed()
-            self.interrupt.signal_config()
 
     def finish(self, give_up: Callable[[], bool]) -> None:
         """Serve what the driver has made available and then no more; *give_up* is asked now and then.
@@ -166,4 +190,3 @@ class DeviceRunner:
         self.stop()
         for kick in self.kicks:
             kick.close()
-        self.interrupt.close()

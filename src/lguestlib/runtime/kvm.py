@@ -17,8 +17,9 @@ from lguestlib.abi.ioctl import ioctl
 from lguestlib.abi.virtio_mmio import VIRTIO_MMIO_QUEUE_NOTIFY
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
-from lguestlib.runtime.machine import Crash, Machine, Outcome, PowerOff, Reboot, Stopped
-from lguestlib.runtime.runner import Runner
+from lguestlib.runtime.machine import Crash, Outcome, PowerOff, Reboot, Stopped
+from lguestlib.runtime.mmio_machine import MmioMachine
+from lguestlib.runtime.runner import MmioRunner
 from lguestlib.runtime.trace import Tracer
 
 DEVICE = "/dev/kvm"
@@ -94,7 +95,7 @@ def capability(fd: int, number: int) -> int:
     return ioctl(fd, abi.KVM_CHECK_EXTENSION, number, "KVM_CHECK_EXTENSION", DEVICE)
 
 
-class KvmMachine(Machine):
+class KvmMachine(MmioMachine):
     """One virtual CPU in flat 32-bit protected mode, with in-kernel interrupt controllers.
 
     Raises KvmUnusable, or OSError where KVM refuses a request.
@@ -149,7 +150,7 @@ class KvmMachine(Machine):
         registers = abi.kvm_regs(rip=entry, rsi=parameters, rflags=2)
         ioctl(self._vcpu, abi.KVM_SET_REGS, registers, "KVM_SET_REGS")
 
-    def _attach(self, runner: Runner, slot: int) -> None:
+    def _attach(self, runner: MmioRunner, slot: int) -> None:
         for index, kick in enumerate(runner.kicks):
             doorbell = abi.kvm_ioeventfd(
                 datamatch=index, addr=self.address_of(slot) + VIRTIO_MMIO_QUEUE_NOTIFY, len=4, fd=kick.fd,

@@ -21,7 +21,8 @@ from lguestlib.runtime.inprocess.machine import InprocessMachine
 from lguestlib.runtime.inprocess.shell import shell
 from lguestlib.runtime.kvm import KvmMachine, KvmUnusable, open_kvm
 from lguestlib.runtime.kernel import load_kernel
-from lguestlib.runtime.machine import DEVICES_AT, DEVICES_MAX, Machine, Outcome, Reboot, Stopped
+from lguestlib.runtime.machine import Outcome, Reboot, Stopped
+from lguestlib.runtime.mmio_machine import DEVICES_AT, DEVICES_MAX, MmioMachine
 from lguestlib.runtime.options import MEBIBYTE, HypervisorName, MachineOptions, VhostUserDisk
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.uml.kernel import UmlKernel
@@ -178,7 +179,7 @@ class Launcher:
             return GuestMemory([Region.memfd(GuestAddress(0), self.options.memory)])
         return GuestMemory.anonymous(self.options.memory)
 
-    def _on(self, memory: GuestMemory) -> Machine:
+    def _on(self, memory: GuestMemory) -> MmioMachine:
         if self.hypervisor == "inprocess":
             return InprocessMachine(memory, shell(" ".join(self._words())), self._say, self._tracer)
         try:

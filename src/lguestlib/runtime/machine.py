@@ -1,7 +1,8 @@
 """A machine: guest memory, devices at work on it, and one thread that is the guest.
 
-What runs the guest, and how its notifications and interrupts travel, is the
-subclass's: `lguestlib.runtime.kvm`, `lguestlib.runtime.inprocess`.
+What runs the guest, how it finds its devices, and how its notifications and
+interrupts travel, is the subclass's: `lguestlib.runtime.mmio_machine`,
+`lguestlib.runtime.lguest.machine`.
 """
 
 import os
@@ -9,25 +10,18 @@ import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Self
+from typing import Generic, Self, TypeVar
 
 from lguestlib.abi.eventfd import BYTES, SIGNAL, eventfd
 from lguestlib.abi.prctl import name_thread
 from lguestlib.abi.signals import install_interrupt_handler
-from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
-from lguestlib.runtime.device_runner import DeviceRunner
 from lguestlib.runtime.ending import end_thread
 from lguestlib.runtime.runner import Runner
 from lguestlib.runtime.trace import Tracer
-from lguestlib.runtime.vhost_user.external import ExternalDevice, ExternalDeviceRunner
 from lguestlib.virtio.device import Device
-from lguestlib.virtio.mmio import REGION_SIZE
 
-DEVICES_AT = GuestAddress(0xD000_0000)
-"""Guest-physical address of the first device's registers; the others follow."""
-
-DEVICES_MAX = 64
+RunnerType = TypeVar("RunnerType", bound=Runner)
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class Crash:
 Outcome = PowerOff | Reboot | Stopped | Crash
 
 
-class Machine(ABC):
+class Machine(ABC, Generic[RunnerType]):
     """Owns *memory*, the devices' threads and the guest's thread; `close` ends them all.
 
     *report* is given lines for people: a device that failed, the guest's last
@@ -70,51 +64,16 @@ class Machine(ABC):
         self.memory = memory
         self.report = report
         self.tracer = tracer
-        self.runners: list[Runner] = []
+        self.runners: list[RunnerType] = []
+        """Its devices at work, in bus order."""
         self._outcome: Outcome | None = None
         self._ended = eventfd()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="guest", daemon=True)
 
-    def add(self, device: Device) -> Runner:
-        """Put *device* on the bus, behind those before it.
-
-        Raises ValueError if the bus is full, or *memory* cannot be shared as the device needs.
-        """
-        if len(self.runners) == DEVICES_MAX:
-            raise ValueError(f"{device.name}: the bus has no room for more than {DEVICES_MAX} devices")
-        runner = self._runner(device)
-        try:
-            self._attach(runner, len(self.runners))
-        except BaseException:
-            runner.close()
-            raise
-        self.runners.append(runner)
-        return runner
-
-    def _runner(self, device: Device) -> Runner:
-        if isinstance(device, ExternalDevice):
-            return ExternalDeviceRunner(
-                device, self.memory, self.report, lambda: self._stopping, self._interrupt_fd()
-            )
-        return DeviceRunner(device, self.memory, self.report, self.tracer, self._interrupt_fd())
-
-    def address_of(self, slot: int) -> GuestAddress:
-        """The guest-physical address of the registers of the device in *slot*."""
-        return GuestAddress(DEVICES_AT + slot * REGION_SIZE)
-
-    def access(self, address: int) -> tuple[Runner, int] | None:
-        """The device whose registers hold guest-physical *address*, and the offset into them."""
-        slot, offset = divmod(address - DEVICES_AT, REGION_SIZE)
-        return (self.runners[slot], offset) if 0 <= slot < len(self.runners) else None
-
-    def _interrupt_fd(self) -> int | None:
-        """The eventfd that interrupts the guest for the next device; None for one of its own."""
-        return None
-
     @abstractmethod
-    def _attach(self, runner: Runner, slot: int) -> None:
-        """Connect the device's kicks and interrupt with the guest."""
+    def add(self, device: Device) -> RunnerType:
+        """Put *device* on the bus, behind those before it.  Raises ValueError if it has no room."""
 
     @abstractmethod
     def _enter(self) -> Outcome:

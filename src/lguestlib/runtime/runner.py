@@ -27,9 +27,26 @@ class Served(Protocol):
 
 
 class Runner(Served, Protocol):
-    """A device that does as its driver asks through its registers.
+    """A device that does as its driver asks through a transport, and can be ended."""
 
-    `DeviceRunner` has a thread for each queue; `ExternalDeviceRunner` has another
+    @property
+    def failure(self) -> Exception | None:
+        """What the device failed of, until it is reset."""
+
+    def finish(self, give_up: Callable[[], bool]) -> None:
+        """Serve what the driver has made available and then no more; *give_up* is asked now and then."""
+
+    def stop(self) -> None:
+        """Stop every queue; what was begun is finished."""
+
+    def close(self) -> None:
+        """Stop, and close the descriptors; the hypervisor has let go of them."""
+
+
+class MmioRunner(Runner, Protocol):
+    """A device behind registers.
+
+    `MmioDeviceRunner` has a thread for each queue; `ExternalDeviceRunner` has another
     process serve them.
     """
 
@@ -45,21 +62,8 @@ class Runner(Served, Protocol):
     def interrupt(self) -> EventfdInterrupt:
         """Where all its interrupts come from."""
 
-    @property
-    def failure(self) -> Exception | None:
-        """What the device failed of, until it is reset."""
-
     def read(self, offset: int, size: int) -> bytes:
         """The driver reads *size* bytes of the registers at *offset*."""
 
     def write(self, offset: int, data: bytes) -> None:
         """The driver writes *data* to the registers at *offset*; done when this returns."""
-
-    def finish(self, give_up: Callable[[], bool]) -> None:
-        """Serve what the driver has made available and then no more; *give_up* is asked now and then."""
-
-    def stop(self) -> None:
-        """Stop every queue; what was begun is finished."""
-
-    def close(self) -> None:
-        """Stop, and close the descriptors; the hypervisor has let go of them."""

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from lguestlib.abi.virtio_mmio import VIRTIO_MMIO_INT_CONFIG
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
-from lguestlib.runtime.runner import Runner
+from lguestlib.runtime.runner import MmioRunner
 from lguestlib.virtio.device import RING_FEATURES
 from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import QueueLayout
@@ -85,7 +85,7 @@ class GuestQueue:
 class GuestDevice:
     """The device behind *runner*, with *name* for people; *wanted* features beside the ring's."""
 
-    def __init__(self, name: str, runner: Runner, memory: GuestMemory, pages: Pages, wanted: int = 0) -> None:
+    def __init__(self, name: str, runner: MmioRunner, memory: GuestMemory, pages: Pages, wanted: int = 0) -> None:
         self.name = name
         self.memory = memory
         self.driver = MmioDriver(runner)

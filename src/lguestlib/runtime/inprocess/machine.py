@@ -6,8 +6,9 @@ from collections.abc import Callable
 
 from lguestlib.abi.eventfd import BYTES, SIGNAL, eventfd
 from lguestlib.memory.guest import GuestMemory
-from lguestlib.runtime.machine import Machine, Outcome, Stopped
-from lguestlib.runtime.runner import Runner
+from lguestlib.runtime.machine import Outcome, Stopped
+from lguestlib.runtime.mmio_machine import MmioMachine
+from lguestlib.runtime.runner import MmioRunner
 from lguestlib.runtime.trace import Tracer
 
 Program = Callable[["InprocessMachine"], Outcome]
@@ -18,7 +19,7 @@ class _Leave(Exception):
     """Unwinds the guest's program when the machine is to stop."""
 
 
-class InprocessMachine(Machine):
+class InprocessMachine(MmioMachine):
     """Runs *program* as its guest, on a thread of its own.
 
     The guest's processor has one interrupt pin: `wait_for_interrupt` is its HLT.
@@ -67,7 +68,7 @@ class InprocessMachine(Machine):
     def _interrupt_fd(self) -> int | None:
         return os.dup(self._pin)
 
-    def _attach(self, runner: Runner, slot: int) -> None:
+    def _attach(self, runner: MmioRunner, slot: int) -> None:
         """Nothing to connect: the program signals the kicks itself."""
 
     def _enter(self) -> Outcome:

@@ -171,7 +171,7 @@ class ExternalDeviceRunner:
     """Has *device*'s queues served on guest *memory* as its driver asks through `transport`.
 
     *give_up* is asked whether to wait no longer for the back-end.  Otherwise as
-    `DeviceRunner`.  Raises ValueError for memory that cannot be shared.
+    `MmioDeviceRunner`.  Raises ValueError for memory that cannot be shared.
     """
 
     def __init__(
