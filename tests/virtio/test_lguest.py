@@ -12,7 +12,7 @@ from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Device, Queue
 from lguestlib.virtio.effects import DriverFailed, DriverReady, Effect, Notify, Reset
 from lguestlib.virtio.features import Feature
-from lguestlib.virtio.lguest import DEVICE_PAGES, EARLY_TEXT_MAX, PAGE, BusFull, EarlyText, LguestBus, Told
+from lguestlib.virtio.lguest import DEVICE_PAGES, EARLY_TEXT_MAX, PAGE, BusFull, EarlyText, LguestBus, Stray, Told
 
 RAM = 0x10_0000
 ALL = 0x3100_0000
@@ -244,9 +244,8 @@ def test_early_text_without_an_end_ends_with_ram_or_at_a_limit(bus: LguestBus, m
 
 
 @pytest.mark.parametrize("address", [RAM + 1, RAM + 4, RAM + PAGE + 4, RAM + 256 * PAGE, 0xFFFF_FFFF])
-def test_a_notification_of_nothing_is_ignored(driver: Driver, address: int) -> None:
-    assert driver.bus.notify(address) is None
-    assert driver.bus.ignored == 1
+def test_a_notification_of_nothing_is_told_as_such(driver: Driver, address: int) -> None:
+    assert driver.bus.notify(address) == Stray(address)
 
 
 def test_the_bus_has_31_interrupts(bus: LguestBus, memory: GuestMemory) -> None:
@@ -289,7 +288,7 @@ def test_whatever_is_notified_with_whatever_in_memory_is_an_effect_or_nothing(me
         memory.write(GuestAddress(RAM), random.randbytes(150))
         address = random.choice([*good, random.randrange(1 << 32), random.randrange(RAM - 20, RAM + 200)])
         told = bus.notify(address)
-        assert told is None or isinstance(told, (EarlyText, Told))
+        assert told is None or isinstance(told, (EarlyText, Told, Stray))
         if isinstance(told, Told):
             transport = bus.transports[told.slot]
             if told.effect in (Reset(), DriverFailed()):

@@ -122,6 +122,7 @@ class DeviceRunner:
 
     def _interrupt_for_failure(self) -> None:
         """Interrupt a driver that is to look at the device's status."""
+
     def _start(self, layout: QueueLayout) -> None:
         if self.failure:
             return

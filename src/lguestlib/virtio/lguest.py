@@ -62,6 +62,13 @@ class Told:
     effect: Effect
 
 
+@dataclass(frozen=True)
+class Stray:
+    """There is nothing to be notified at *address*."""
+
+    address: int
+
+
 def legacy_features(device: Device) -> int:
     """What *device* offers to a legacy driver, 32 bits (virtio 1.3, 7.4).
 
@@ -186,8 +193,6 @@ class LguestBus:
         self.size = size
         self.transports: list[LguestTransport] = []
         """In the order of the page."""
-        self.ignored = 0
-        """Notifications of addresses where nothing is to be notified."""
         self._memory = memory
         self._descriptor_end = GuestAddress(size)
         self._rings_end = GuestAddress(size + PAGE)
@@ -238,7 +243,7 @@ class LguestBus:
         if transport.size > left:
             raise BusFull(f"{name}: a descriptor of {transport.size} bytes, of the page {max(left, 0)} are left")
 
-    def notify(self, address: int) -> EarlyText | Told | None:
+    def notify(self, address: int) -> EarlyText | Told | Stray | None:
         """The guest notifies guest-physical *address*, and no eventfd took it; None for nothing to see to."""
         told = self._notified.get(address)
         if told is not None:
@@ -246,8 +251,7 @@ class LguestBus:
         try:
             return EarlyText(self._text_at(address))
         except AddressError:
-            self.ignored += 1
-            return None
+            return Stray(address)
 
     def _told(self, slot: int, queue: int | None) -> Told | None:
         transport = self.transports[slot]
