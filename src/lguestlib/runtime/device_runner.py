@@ -16,6 +16,7 @@ from lguestlib.runtime.transfer_thread import TransferThread
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.effects import (
     DriverFailed,
+    DriverNear,
     DriverReady,
     Effect,
     Notify,
@@ -104,6 +105,8 @@ class DeviceRunner:
                         self._fail(self.device.name, error)
                     for layout in transport.layouts:
                         self._start(layout)
+                case DriverNear():
+                    pass
                 case QueueReady(layout):
                     if transport.status & Status.DRIVER_OK:
                         self._start(layout)

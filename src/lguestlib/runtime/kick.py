@@ -54,6 +54,13 @@ class EventfdKick:
     def signal(self) -> None:
         os.write(self.fd, SIGNAL)
 
+    def clear(self) -> None:
+        """Forget what has come; no thread may be waiting."""
+        come = select.poll()
+        come.register(self.fd, select.POLLIN)
+        if come.poll(0):
+            os.read(self.fd, BYTES)
+
     def close(self) -> None:
         """Close the descriptor; no thread may be waiting."""
         os.close(self.fd)

@@ -13,6 +13,11 @@ class DriverReady:
 
 
 @dataclass(frozen=True)
+class DriverNear:
+    """The driver is about to accept features; if a kick comes before `DriverReady`, start the device then."""
+
+
+@dataclass(frozen=True)
 class DriverFailed:
     """The driver has given up: as `Reset`."""
 
@@ -43,4 +48,4 @@ class Notify:
     index: int
 
 
-Effect = DriverReady | DriverFailed | QueueReady | QueueStop | Reset | Notify
+Effect = DriverReady | DriverNear | DriverFailed | QueueReady | QueueStop | Reset | Notify

@@ -21,7 +21,7 @@ from lguestlib.abi.lguest import LGUEST_IRQS, LGUEST_VRING_ALIGN, lguest_device_
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import AddressError, GuestMemory
 from lguestlib.virtio.device import Device
-from lguestlib.virtio.effects import DriverFailed, DriverReady, Effect, Notify, Reset
+from lguestlib.virtio.effects import DriverFailed, DriverNear, DriverReady, Effect, Notify, Reset
 from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import QueueLayout
 from lguestlib.virtio.status import Status
@@ -145,20 +145,20 @@ class LguestTransport:
             return DriverFailed()
         if status == Status.ACKNOWLEDGE:
             self._tells_all = True
-        if not status & Status.DRIVER or self._tells_all and not status & Status.DRIVER_OK:
+        if self.started or not status & Status.DRIVER:
             return None
+        if self._tells_all and not status & Status.DRIVER_OK:
+            return DriverNear()
         return self._start()
 
     def kicked(self, index: int) -> Effect | None:
-        """The driver notifies queue *index*, and no eventfd took it."""
+        """The driver notifies queue *index*: no eventfd took it, or one whose reader has not been started."""
         if self.started:
             return Notify(index)
         status = self.status
         return self._start() if status & Status.DRIVER and not status & Status.FAILED else None
 
-    def _start(self) -> Effect | None:
-        if self.started:
-            return None
+    def _start(self) -> Effect:
         self.started = True
         accepted = self._memory.read(GuestAddress(self._features_at + self._feature_size), self._feature_size)
         self.features = int.from_bytes(accepted, "little") & self.offered

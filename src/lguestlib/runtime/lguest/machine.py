@@ -84,6 +84,7 @@ class LguestMachine(Machine[LguestDeviceRunner]):
             remedy = remedies.get(error.errno or 0)
             return Crash(f"{DEVICE}: {error.strerror}" + (f" ({remedy})" if remedy else ""))
         while not self._stopping:
+            self._see_to_first_kicks()
             try:
                 address = int.from_bytes(self._file.pread(WORD), "little")
             except InterruptedError:
@@ -92,6 +93,11 @@ class LguestMachine(Machine[LguestDeviceRunner]):
                 return self._outcome_of(error)
             self._notified(address)
         return Stopped()
+
+    def _see_to_first_kicks(self) -> None:
+        for runner in self.runners:
+            if runner.first_kick and (effect := runner.transport.kicked(0)):
+                runner.apply(effect)
 
     def _notified(self, address: int) -> None:
         self._came_up = True

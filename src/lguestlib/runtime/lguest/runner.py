@@ -1,6 +1,7 @@
 """A device at work on lguest's bus: an eventfd and an interrupt for each queue."""
 
 import errno
+import threading
 from collections.abc import Callable
 
 from lguestlib.abi.lguest import eventfd_request, irq_request
@@ -8,9 +9,10 @@ from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.device_runner import DeviceRunner
 from lguestlib.runtime.failure import describe
 from lguestlib.runtime.lguest.file import LguestFile
+from lguestlib.runtime.lguest.first_kick import FirstKick
 from lguestlib.runtime.trace import Tracer
 from lguestlib.virtio.device import Device
-from lguestlib.virtio.effects import DriverReady, Effect
+from lguestlib.virtio.effects import DriverNear, DriverReady, Effect
 from lguestlib.virtio.lguest import LguestTransport
 
 
@@ -55,14 +57,36 @@ class LguestDeviceRunner(DeviceRunner):
         self.transport = transport
         self._file = file
         self._attached = False
+        self._first_kick: FirstKick | None = None
         interrupts = [LguestInterrupt(file, irq, tracer) for irq in transport.irqs]
         super().__init__(transport.device, transport, memory, interrupts, report, tracer)
         transport.device.on_config_change = self._config_changed
 
+    @property
+    def first_kick(self) -> bool:
+        """Whether a kick has come of a driver that has not said yet that it is ready."""
+        return self._first_kick is not None and self._first_kick.came
+
     def apply(self, effect: Effect) -> None:
+        """Do what the driver has asked for, on the thread that runs the guest; done when this returns."""
+        self._end_wait()
         super().apply(effect)
         if isinstance(effect, DriverReady) and not self._attached:
             self._attach()
+        if isinstance(effect, DriverNear) and self._attached:
+            for kick in self.kicks:
+                # From when its threads were stopped.
+                kick.clear()
+            self._first_kick = FirstKick(self.kicks, threading.current_thread())
+
+    def _end_wait(self) -> None:
+        if self._first_kick is not None:
+            self._first_kick.end()
+            self._first_kick = None
+
+    def stop(self) -> None:
+        self._end_wait()
+        super().stop()
 
     def _attach(self) -> None:
         """Have the kernel give the driver's notifications to the queues' threads, from the next entry on."""
