@@ -48,7 +48,7 @@ FAILURE = 1
 SIGNALLED = 128
 """And the signal's number."""
 
-_HYPERVISORS = ("auto", "kvm", "inprocess", "uml")
+_HYPERVISORS = ("auto", "kvm", "lguest", "inprocess", "uml")
 
 _LINE_MAX = 4096
 """Bytes that a pipe ready for writing takes at once (pipe(7), PIPE_BUF)."""
@@ -323,8 +323,9 @@ def _tell(text: bytes) -> None:
 def _machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--hypervisor", choices=_HYPERVISORS, default="auto",
-        help="kvm; inprocess: a guest in Python, works everywhere; uml: User-mode Linux, a kernel as a process;"
-        " auto: kvm if it is usable, else inprocess (default)",
+        help="kvm; lguest: a 32-bit Linux on a 32-bit host of its time; inprocess: a guest in Python, works"
+        " everywhere; uml: User-mode Linux, a kernel as a process; auto: lguest for a KERNEL it can run where it"
+        " is usable, else kvm, else inprocess (default)",
     )  # fmt: skip
     parser.add_argument(
         "--trace", metavar="FILE", help="record the queue threads' system calls as Chrome trace JSON"
@@ -371,7 +372,8 @@ def _run(words: list[str]) -> int:
         " with uml its shell runs them",
     )  # fmt: skip
     parser.add_argument(
-        "--verbose", action="store_true", help="tell at the end what each queue has done"
+        "--verbose", action="store_true",
+        help="tell of each device that is made, and at the end what each queue has done",
     )
     parser.add_argument(
         "positional", nargs="*", metavar="MEM KERNEL ARGS", help="memory in MiB, a kernel, its command line"
@@ -396,6 +398,7 @@ def _run(words: list[str]) -> int:
         initrd=given.initrd,
         script=given.commands if has_script else None,
         arguments=(*kernel_words, *(word for words in given.append for word in words.split())),
+        verbose=given.verbose,
     )
     commands = None if given.commands is None else [] if has_script else _commands(given.commands)
     with _tracing(given.trace) as tracer:

@@ -312,7 +312,7 @@ def test_a_host_that_does_not_take_the_guest_says_why(number: int, told: str) ->
 
 def test_where_there_is_no_lguest_nothing_is_made() -> None:
     def absent() -> LguestFile:
-        raise LguestUnusable("no such thing")
+        raise LguestUnusable("no such thing", "make one")
 
     with pytest.raises(LguestUnusable):
         LguestMachine(MEMORY, print, open_file=absent)

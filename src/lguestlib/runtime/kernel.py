@@ -1,15 +1,17 @@
-"""Puts a kernel, or the built-in guest, into a KVM machine, ready to run."""
+"""Puts a kernel, or the built-in guest, into a machine, ready to run."""
 
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
 from lguestlib.memory.image.file import open_image
-from lguestlib.memory.image.image import ImageError
+from lguestlib.memory.image.image import Image, ImageError
+from lguestlib.memory.image.lguest_boot import is_32_bit
 from lguestlib.memory.image.linux_boot import LinuxBoot, plain_setup, ram_map
 from lguestlib.memory.image.parse import parse
 from lguestlib.runtime import guest
 from lguestlib.runtime.kvm import KvmMachine
+from lguestlib.runtime.lguest.machine import LguestMachine
 
 COMMAND_LINE_SIZE = 65535
 """Bytes of command line for the built-in guest."""
@@ -20,15 +22,8 @@ def load_kernel(machine: KvmMachine, kernel: str | None, initrd: str | None, com
 
     *initrd* is a path or None.  Raises ImageError, which names what it is about.
     """
-    with ExitStack() as opened:
-        ramdisk = None
-        if initrd is not None:
-            with _about("initrd "):
-                ramdisk = opened.enter_context(open_image(initrd))
-        with _about("kernel "):
-            data = opened.enter_context(open_image(guest.image_path() if kernel is None else kernel))
+    with _opened(os.fspath(guest.image_path()) if kernel is None else kernel, initrd) as (image, ramdisk):
         with _about(f"kernel {kernel}: "):
-            image = parse(data)
             if image.bits != 32:
                 raise ImageError(f"{image.format}: the entry is 64-bit; boot the bzImage made from it")
             image.place(machine.memory)
@@ -39,6 +34,38 @@ def load_kernel(machine: KvmMachine, kernel: str | None, initrd: str | None, com
             setup.cmdline_size = COMMAND_LINE_SIZE
         boot = LinuxBoot(image, ram_map(machine.memory), os.fsencode(command_line), ramdisk, setup)
         machine.boot(image.entry, boot.place(machine.memory).address)
+
+
+def load_lguest_kernel(machine: LguestMachine, kernel: str, initrd: str | None, command_line: str) -> None:
+    """As `load_kernel`, for lguest."""
+    with _opened(kernel, initrd) as (image, ramdisk):
+        with _about(f"kernel {kernel}: "):
+            machine.check_kernel(image)
+        machine.boot(image, ramdisk, os.fsencode(command_line))
+
+
+def is_32_bit_kernel(kernel: str) -> bool:
+    """Whether there is a 32-bit kernel at path *kernel*."""
+    try:
+        with _opened(kernel, None) as (image, _):
+            return is_32_bit(image)
+    except ImageError:
+        return False
+
+
+@contextmanager
+def _opened(kernel: str, initrd: str | None) -> Iterator[tuple[Image, memoryview | None]]:
+    """The image at path *kernel* and the bytes at path *initrd*.  Raises ImageError."""
+    with ExitStack() as opened:
+        ramdisk = None
+        if initrd is not None:
+            with _about("initrd "):
+                ramdisk = opened.enter_context(open_image(initrd))
+        with _about("kernel "):
+            data = opened.enter_context(open_image(kernel))
+        with _about(f"kernel {kernel}: "):
+            image = parse(data)
+        yield image, ramdisk
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Self
 
 from lguestlib.abi.virtio_ids import VIRTIO_ID_BLOCK
@@ -20,20 +20,29 @@ from lguestlib.runtime.initramfs.archive import make_initramfs
 from lguestlib.runtime.inprocess.machine import InprocessMachine
 from lguestlib.runtime.inprocess.shell import shell
 from lguestlib.runtime.kvm import KvmMachine, KvmUnusable, open_kvm
-from lguestlib.runtime.kernel import load_kernel
+from lguestlib.runtime.kernel import is_32_bit_kernel, load_kernel, load_lguest_kernel
+from lguestlib.runtime.lguest.file import DEVICE as LGUEST
+from lguestlib.runtime.lguest.file import DevLguest, LguestUnusable
+from lguestlib.runtime.lguest.machine import LguestMachine
+from lguestlib.runtime.lguest.runner import LguestDeviceRunner
 from lguestlib.runtime.machine import Outcome, Reboot, Stopped
 from lguestlib.runtime.mmio_machine import DEVICES_AT, DEVICES_MAX, MmioMachine
 from lguestlib.runtime.options import MEBIBYTE, HypervisorName, MachineOptions, VhostUserDisk
+from lguestlib.runtime.runner import Served
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.uml.kernel import UmlKernel
 from lguestlib.runtime.uml.machine import UmlMachine
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.devices.console import Console
+from lguestlib.virtio.lguest import BusFull
 
 SWITCH_INTERVAL = 10e-6
 """Seconds a queue's thread waits for the GIL before it asks for it: the default is 5 ms."""
 
 MEMORY_MIN = 4 * MEBIBYTE
+
+LGUEST_MEMORY_MAX = (1 << 32) - MEBIBYTE
+"""All that has an address of 32 bits, but for the device pages."""
 
 UML_MEMORY_MIN = 48 * MEBIBYTE
 """Less, and the kernel does not come to its first file system."""
@@ -53,6 +62,7 @@ class Launcher:
         self.options = options
         self._notes: list[str] = []
         self.hypervisor = choose_hypervisor(options, self._notes.append)
+        self._terminal = terminal
         self._say = say
         self._tracer = tracer
         self._machine: Boot | None = None
@@ -61,7 +71,7 @@ class Launcher:
         # Held by whoever looks at the machine while another thread may be about to close it.
         self._lock = threading.Lock()
         _check_memory(options.memory, self.hypervisor)
-        if self.hypervisor != "uml":
+        if self.hypervisor in ("kvm", "inprocess"):
             _check_bus(len(options.devices) + 1)
         self._attachments: list[Attachment] = []
         with ExitStack() as opened:
@@ -93,6 +103,9 @@ class Launcher:
         for note in self._notes:
             self._say(note)
         self._notes.clear()
+        if self.options.verbose:
+            for runner in machine.runners:
+                self._say(_made(runner))
         with self._lock:
             self._machine = machine
         try:
@@ -136,10 +149,12 @@ class Launcher:
         """A machine with fresh memory and devices, ready to start."""
         if self.hypervisor == "uml":
             return self._user_mode_linux()
+        if self.hypervisor == "lguest":
+            return self._lguest()
         try:
             memory = self._memory()
         except OSError as error:
-            raise LaunchError(f"--memory {self.options.memory // MEBIBYTE}: {error.strerror}") from None
+            raise self._no_memory(error) from None
         try:
             machine = self._on(memory)
         except BaseException:
@@ -173,6 +188,38 @@ class Launcher:
         except BaseException:
             machine.close()
             raise
+
+    def _lguest(self) -> LguestMachine:
+        try:
+            machine = LguestMachine(self.options.memory, self._say, self._tracer, DevLguest, self._take_early_text)
+        except LguestUnusable as error:
+            raise LaunchError(f"lguest: {error}") from None
+        except OSError as error:
+            raise self._no_memory(error) from None
+        assert self.options.kernel is not None
+        try:
+            self._add_devices(machine.add)
+            load_lguest_kernel(machine, self.options.kernel, self.options.initrd, " ".join(self._words()))
+            return machine
+        except BusFull as error:
+            machine.close()
+            raise LaunchError(f"{error} (name fewer --block, --tunnet and --rng)") from None
+        except ImageError as error:
+            machine.close()
+            raise LaunchError(str(error)) from None
+        except BaseException:
+            machine.close()
+            raise
+
+    def _take_early_text(self, text: bytes) -> None:
+        """Show what the guest says before it has a console on what will be that."""
+        left = memoryview(bytearray(text))
+        with suppress(InterruptedError):
+            while left:
+                left = left[self._terminal.write([left]) :]
+
+    def _no_memory(self, error: OSError) -> LaunchError:
+        return LaunchError(f"--memory {self.options.memory // MEBIBYTE}: {error.strerror}")
 
     def _memory(self) -> GuestMemory:
         if any(attachment.shares_memory for attachment in self._attachments):
@@ -228,11 +275,23 @@ def choose_hypervisor(options: MachineOptions, say: Say) -> HypervisorName:
                 " (leave the kernel away, or use kvm or uml)"
             )
         return "inprocess"
+    if options.hypervisor == "lguest":
+        _check_lguest(options)
+        return "lguest"
+    lguest = ""
+    if options.hypervisor == "auto" and options.kernel is not None and is_32_bit_kernel(options.kernel):
+        try:
+            _check_lguest(options)
+        except LaunchError as error:
+            lguest = f"{error}; "
+        else:
+            say(f"hypervisor: lguest, because {LGUEST} is usable and {options.kernel} is a 32-bit kernel")
+            return "lguest"
     try:
         os.close(open_kvm())
     except KvmUnusable as error:
         if options.hypervisor == "kvm" or options.kernel is not None:
-            raise LaunchError(f"kvm: {error}") from None
+            raise LaunchError(f"{lguest}kvm: {error}") from None
         say(f"hypervisor: inprocess, because kvm is not usable: {error}")
         return "inprocess"
     if options.hypervisor == "auto":
@@ -240,13 +299,40 @@ def choose_hypervisor(options: MachineOptions, say: Say) -> HypervisorName:
     return "kvm"
 
 
+def _check_lguest(options: MachineOptions) -> None:
+    """Raise LaunchError where lguest cannot be used, or not for that guest."""
+    if options.kernel is None:
+        raise LaunchError("--hypervisor lguest: it has no built-in guest (run MEM KERNEL boots a 32-bit Linux)")
+    for device in options.devices:
+        if isinstance(device, VhostUserDisk):
+            raise LaunchError(
+                f"--block vhost-user:{device.path}: lguest's memory is not to be shared (use kvm, or a disk image)"
+            )
+    try:
+        DevLguest().close()
+    except LguestUnusable as error:
+        raise LaunchError(f"lguest: {error}") from None
+
+
+def _made(runner: Served) -> str:
+    """A line that tells of a device that has been made."""
+    line = f"{runner.device.name}: {' and '.join(queue.name for queue in runner.queues)}"
+    if isinstance(runner, LguestDeviceRunner):
+        transport = runner.transport
+        irqs = " and ".join(map(str, transport.irqs))
+        rings = " and ".join(f"{layout.descriptors:#x}" for layout in transport.layouts)
+        line += f", interrupts {irqs}, rings at {rings}, described at {transport.address:#x}"
+    return line
+
+
 def _check_memory(size: int, hypervisor: HypervisorName) -> None:
     given = f"--memory {size // MEBIBYTE}"
     least = UML_MEMORY_MIN if hypervisor == "uml" else MEMORY_MIN
     if size < least:
         raise LaunchError(f"{given}: at least {least // MEBIBYTE} MiB are needed")
-    if size > DEVICES_AT and hypervisor != "uml":
-        raise LaunchError(f"{given}: at most {DEVICES_AT // MEBIBYTE} MiB fit below the devices")
+    most = {"uml": sys.maxsize, "lguest": LGUEST_MEMORY_MAX}.get(hypervisor, DEVICES_AT)
+    if size > most:
+        raise LaunchError(f"{given}: at most {most // MEBIBYTE} MiB fit below the devices")
     held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > held:
         raise LaunchError(f"{given}: this host has {held // MEBIBYTE} MiB (give the guest less)")

@@ -11,7 +11,7 @@ SCRATCH_SIZE = 1 * MEBIBYTE
 
 UML_MEMORY = 256 * MEBIBYTE
 
-HypervisorName = Literal["auto", "kvm", "inprocess", "uml"]
+HypervisorName = Literal["auto", "kvm", "lguest", "inprocess", "uml"]
 AioName = Literal["sync", "io_uring"]
 
 
@@ -118,6 +118,7 @@ class MachineOptions:
     Without *kernel*, a path, the built-in guest runs, or the distribution's
     User-mode Linux; *arguments* are words of the guest's command line.  User-mode
     Linux without *initrd* has a shell, which is *script*'s if that is not None.
+    *verbose*: tell of each device that is made.
     """
 
     hypervisor: HypervisorName = "auto"
@@ -127,3 +128,4 @@ class MachineOptions:
     initrd: str | None = None
     script: bytes | None = None
     arguments: tuple[str, ...] = ()
+    verbose: bool = False

@@ -15,9 +15,9 @@ from lguestlib.runtime.gil import gil_enabled
 from lguestlib.runtime.kvm import DEVICE as KVM_DEVICE
 from lguestlib.runtime.kvm import KvmUnusable, capability, open_kvm
 from lguestlib.runtime.launcher import SWITCH_INTERVAL
+from lguestlib.runtime.lguest.file import DEVICE as LGUEST_DEVICE
+from lguestlib.runtime.lguest.file import DevLguest, LguestUnusable
 from lguestlib.runtime.namespace import enter_network_namespace
-
-LGUEST_DEVICE = "/dev/lguest"
 
 _CAPABILITIES = (
     "KVM_CAP_IRQCHIP", "KVM_CAP_IOEVENTFD", "KVM_CAP_IRQFD", "KVM_CAP_IMMEDIATE_EXIT", "KVM_CAP_IRQ_ROUTING",
@@ -86,10 +86,11 @@ def _kvm() -> Finding:
 
 
 def _lguest() -> Finding:
-    if os.path.exists(LGUEST_DEVICE):
-        return Finding("lguest", True, LGUEST_DEVICE)
-    remedy = "modprobe lg, on a 32-bit x86 kernel from 2.6.23 to 3.19 with CONFIG_LGUEST"
-    return Finding("lguest", False, f"{LGUEST_DEVICE}: no such file", remedy)
+    try:
+        DevLguest(LGUEST_DEVICE).close()
+    except LguestUnusable as error:
+        return Finding("lguest", False, error.what, error.remedy)
+    return Finding("lguest", True, f"{LGUEST_DEVICE}: run MEM KERNEL boots a 32-bit Linux")
 
 
 def _tun() -> Finding:

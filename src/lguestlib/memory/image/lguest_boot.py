@@ -31,6 +31,11 @@ PARAMETERS_AT = GuestAddress(0)
 COMMAND_LINE_AT = GuestAddress(ctypes.sizeof(abi.boot_params))
 
 
+def is_32_bit(kernel: Image) -> bool:
+    """Whether *kernel* is a 32-bit one: a bzImage is entered in that mode in any case."""
+    return kernel.bits == 32 and not (kernel.setup and kernel.setup.xloadflags & abi.XLF_KERNEL_64)
+
+
 @dataclass(frozen=True, eq=False)
 class LguestBoot:
     """What to tell *kernel* in a guest with *size* bytes of RAM from 0."""
@@ -47,7 +52,7 @@ class LguestBoot:
         Raises ImageError for a kernel that is not for 32 bits, and for what does not fit
         into RAM beside the rest, and writes nothing then.
         """
-        self._check_bits()
+        self.check_kernel()
         setup = self.kernel.setup
         if setup is None:
             limit = COMMAND_LINE_SIZE
@@ -71,8 +76,6 @@ class LguestBoot:
             header.type_of_loader = abi.TYPE_OF_LOADER_UNDEFINED
             header.ramdisk_image, header.ramdisk_size = place
         for what, where in self._kernel_ranges():
-            if where.end > self.size:
-                raise not_in_memory(where, what, self.size)
             # One at a time: the kernel unpacks itself onto its own image.
             check_apart([*taken, (what, where)])
 
@@ -82,10 +85,13 @@ class LguestBoot:
         ram = E820Entry(GuestRange(GuestAddress(0), self.size))
         memory.write(PARAMETERS_AT, bytes(boot_params(header, [ram])))
 
-    def _check_bits(self) -> None:
-        kernel = self.kernel
-        if kernel.bits != 32 or kernel.setup and kernel.setup.xloadflags & abi.XLF_KERNEL_64:
-            raise ImageError(f"{kernel.format}: a 64-bit kernel: lguest runs 32-bit ones alone")
+    def check_kernel(self) -> None:
+        """Raise ImageError for a kernel that is not for 32 bits, or that RAM does not hold."""
+        if not is_32_bit(self.kernel):
+            raise ImageError(f"{self.kernel.format}: a 64-bit kernel: lguest runs 32-bit ones alone")
+        for what, where in self._kernel_ranges():
+            if where.end > self.size:
+                raise not_in_memory(where, what, self.size)
 
     def _kernel_ranges(self) -> list[tuple[str, GuestRange]]:
         """All that the kernel takes, at first and when it has unpacked itself, as what it is told makes it."""

@@ -14,7 +14,12 @@ DEVICE = "/dev/lguest"
 
 
 class LguestUnusable(Exception):
-    """lguest cannot be used here; the message is one line with the reason and the remedy."""
+    """lguest cannot be used here; the message is one line with *what* is wrong and the *remedy*."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(f"{what} ({remedy})")
+        self.what = what
+        self.remedy = remedy
 
 
 class LguestFile(Protocol):
@@ -46,7 +51,7 @@ class DevLguest:
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise LguestUnusable(_why(path, error)) from None
+            raise LguestUnusable(f"{path}: {error.strerror}", _remedy(error)) from None
         # Bound here: no first use may fail while the guest runs.
         self._pread = large_file_function(
             "pread", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64, result=ctypes.c_ssize_t
@@ -69,18 +74,16 @@ class DevLguest:
         os.close(fd)
 
 
-def _why(path: str, error: OSError) -> str:
-    """What keeps *path* from being opened, and what to do about it."""
-    remedy = {
+def _remedy(error: OSError) -> str:
+    """What to do about *error*, with which the device could not be opened."""
+    machine = os.uname().machine
+    if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO) and machine not in _MACHINES:
+        return f"this host's kernel is for {machine}: lguest was in Linux 2.6.30 to 3.19 for 32-bit x86"
+    return {
         errno.EACCES: "run as root, or chmod it",
         errno.EPERM: "run as root, or chmod it",
         errno.EBUSY: "end whoever has it first",
     }.get(error.errno or 0, "modprobe lg, on a 32-bit x86 Linux 2.6.30 to 3.19 with CONFIG_LGUEST")
-    if error.errno in (errno.ENOENT, errno.ENODEV, errno.ENXIO) and os.uname().machine not in _MACHINES:
-        remedy = (
-            f"this host's kernel is for {os.uname().machine}: lguest was in Linux 2.6.30 to 3.19 for 32-bit x86"
-        )
-    return f"{path}: {error.strerror} ({remedy})"
 
 
 _MACHINES = ("i386", "i486", "i586", "i686")

@@ -70,6 +70,10 @@ class LguestMachine(Machine[LguestDeviceRunner]):
         self.runners.append(runner)
         return runner
 
+    def check_kernel(self, kernel: Image) -> None:
+        """Raise ImageError for a *kernel* that this guest cannot be."""
+        LguestBoot(kernel, self.bus.size).check_kernel()
+
     def boot(self, kernel: Image, initrd: bytes | memoryview | None, command_line: bytes) -> None:
         """Put *kernel* and what it is told into memory, all devices being there.  Raises ImageError."""
         LguestBoot(kernel, self.bus.size, command_line, initrd).place(self.memory)
