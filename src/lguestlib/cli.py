@@ -84,7 +84,7 @@ examples:
   run --tunnet 192.168.19.1            a TAP interface on the host; the guest is 192.168.19.2
   run --tunnet bridge:br0:02:00:00:00:00:05 --append ip=10.0.0.5::10.0.0.1:255.0.0.0
   run --trace trace.json --exec ping   open the file in ui.perfetto.dev
-  run 64 vmlinux --tunnet=192.168.19.1 --block=rootfile root=/dev/vda
+  run 64 vmlinux --tunnet=192.168.19.1 --block=rootfile root=/dev/vda    on lguest, or kvm
   run 64 vmlinux -- -x --y=z           words with dashes for the kernel
   run --hypervisor uml                 User-mode Linux: a busybox shell, the network configured
   run --hypervisor uml --exec 'cat /proc/version; ping -c 1 192.168.19.1'

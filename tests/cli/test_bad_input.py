@@ -91,6 +91,28 @@ def place(tmp_path: Path) -> Iterator[Path]:
         yield tmp_path
 
 
+def lguest_or_its_absence(words: list[str], place: Path) -> str:
+    """The one line said where *words* are run with lguest, which this host does not have."""
+    if os.path.exists("/dev/lguest"):
+        pytest.skip("this host has lguest (rmmod lg)")
+    status, output, errors = run(*words, directory=place)
+    assert (status, output) == (1, "")
+    return one_line(errors)
+
+
+def test_lguest_where_it_is_absent_has_its_reason_and_remedy(place: Path) -> None:
+    line = lguest_or_its_absence(["run", "--hypervisor", "lguest", "64", "guest"], place)
+    assert line.startswith("lguest: /dev/lguest: No such file or directory (")
+    wide = os.uname().machine == "x86_64"
+    assert ("this host's kernel is for x86_64: lguest was in " if wide else "modprobe lg, on ") in line
+
+
+@pytest.mark.parametrize("words", [["run"], ["ping"]])
+def test_lguest_has_no_built_in_guest(words: list[str], place: Path) -> None:
+    line = lguest_or_its_absence([*words, "--hypervisor", "lguest"], place)
+    assert line.startswith("--hypervisor lguest: it has no built-in guest (run MEM KERNEL boots a 32-bit Linux)")
+
+
 DISKS = [
     ("missing", r"No such file or directory \(truncate -s 64M missing makes an empty one\)"),
     ("short,ro", r"No such file or directory \(after a file's name only ,readonly has a meaning\)"),
