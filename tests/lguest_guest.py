@@ -29,7 +29,7 @@ READ, WRITE, SCSI_COMMAND, FLUSH, GET_ID, BARRIER = 0, 1, 2, 4, 8, 0x8000_0000
 BLOCK_ROOM = 1 << 17
 """Bytes that one request of the disk's driver transfers at most."""
 
-PATIENCE = 20.0
+PATIENCE = 5.0
 """Seconds after which what the guest waits for will not come."""
 
 NEXT, WRITABLE, INDIRECT = 1, 2, 4
@@ -256,9 +256,13 @@ class LguestDevice:
         return queue
 
     def del_vqs(self) -> None:
-        """lg_del_vqs: an interrupt that comes now is nobody's."""
-        for index in range(self.num_vq):
-            self.linux.handlers.pop(self.queue_config(index)[1], None)
+        """lg_del_vqs: an interrupt that came before is lost, and one that comes now is nobody's."""
+        irqs = [self.queue_config(index)[1] for index in range(self.num_vq)]
+        for irq in irqs:
+            self.linux.handlers[irq] = lambda: None
+        self.linux.interrupts(0.0)
+        for irq in irqs:
+            del self.linux.handlers[irq]
 
 
 Piece = tuple[int, int]
@@ -422,9 +426,14 @@ class ConsoleDriver(Driver):
             assert time.monotonic() < give_up, "the console's output was not taken"
             self.cpu.relax()
 
+    @property
+    def has_line(self) -> bool:
+        """Whether a line of input has come."""
+        return b"\n" in self._input
+
     def read_line(self) -> bytes:
         """Sleep until there is a line of input, and take it without its end."""
-        self.linux.wait_until(lambda: b"\n" in self._input)
+        self.linux.wait_until(lambda: self.has_line)
         line, _, rest = bytes(self._input).partition(b"\n")
         self._input[:] = rest
         return line

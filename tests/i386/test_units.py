@@ -11,10 +11,15 @@ ELSEWHERE = (
 LONG = ("virtio/test_decoding", "virtio/test_suppression", "virtio/test_vhost_user_backend")
 """Tests that try everything, which has no other outcome for a word's bits."""
 
+LGUEST = (
+    "test_lguest_double.py", "test_lguest_guest.py", "test_lguest.py", "runtime/test_lguest_file.py",
+    "runtime/test_lguest_machine.py", "runtime/test_lguest_launcher.py", "runtime/test_interrupt.py",
+)  # fmt: skip
+
 
 @pytest.mark.parametrize(
     "tests",
-    [("abi",), ("memory",), ("virtio",), ("test_lguest_double.py", "test_lguest_guest.py")],
+    [("abi",), ("memory",), ("virtio",), LGUEST],
     ids=["abi", "memory", "virtio", "lguest"],
 )
 def test_they_hold_under_a_32_bit_interpreter(tests: tuple[str, ...]) -> None:
