@@ -26,6 +26,9 @@ CONSOLE_SIZE = 1 << 0
 
 READ, WRITE, SCSI_COMMAND, FLUSH, GET_ID, BARRIER = 0, 1, 2, 4, 8, 0x8000_0000
 
+BIG_PAGES = 18
+"""Of a receive buffer that holds any packet: MAX_SKB_FRAGS and one."""
+
 BLOCK_ROOM = 1 << 17
 """Bytes that one request of the disk's driver transfers at most."""
 
@@ -524,7 +527,7 @@ class BlockDriver(Driver):
 
 
 class NetDriver(Driver):
-    """virtio_net: mergeable buffers, or small ones behind a header of ten bytes."""
+    """virtio_net: mergeable buffers, or big or small ones behind a header of ten bytes in a buffer of its own."""
 
     withheld = 0
     """Features that this one does not know."""
@@ -537,6 +540,7 @@ class NetDriver(Driver):
         self.receive_queue = self.device.find_vq(0, self._received)
         self.transmit_queue = self.device.find_vq(1, lambda: None)
         self.mergeable = bool(self.device.features & NET_MRG_RXBUF)
+        self.big = bool(self.device.features & (NET_GUEST_TSO4 | NET_GUEST_TSO6 | NET_GUEST_UFO))
         self.header_size = 12 if self.mergeable else 10
         self.mac = self.device.config(0, 6) if self.device.features & NET_MAC else bytes(6)
         self.frames: list[bytes] = []
@@ -546,11 +550,15 @@ class NetDriver(Driver):
         self._sending = (self.linux.allocate(self.header_size), self.linux.allocate(65536))
 
     def _fill(self, at: int | None = None) -> None:
-        at = at or self.linux.allocate(PAGE_SIZE)
+        pages = BIG_PAGES if self.big and not self.mergeable else 1
+        at = at or self.linux.allocate(pages * PAGE_SIZE, PAGE_SIZE)
         if self.mergeable:
             pieces = [(at, PAGE_SIZE)]
+        elif self.big:
+            # A frame can be as long as an IP packet can.
+            pieces = [(at, self.header_size), (at + 16, PAGE_SIZE - 16)]
+            pieces += [(at + page * PAGE_SIZE, PAGE_SIZE) for page in range(1, pages)]
         else:
-            # The header has a buffer of its own, and a frame one as long as it can be.
             pieces = [(at, self.header_size), (at + 16, 1518)]
         self.receive_queue.add([], pieces, at)
 
@@ -597,6 +605,12 @@ class NetDriver(Driver):
         """Sleep until there is a frame, and take it."""
         self.linux.wait_until(lambda: bool(self.frames))
         return self.frames.pop(0)
+
+
+class BigNetDriver(NetDriver):
+    """One that has no mergeable buffers, and so has to have room for the longest packet each time."""
+
+    withheld = NET_MRG_RXBUF
 
 
 class PlainNetDriver(NetDriver):

@@ -10,7 +10,19 @@ import sys
 from collections.abc import Callable
 
 from lguest_double import GuestCpu, LguestDouble
-from lguest_guest import BLOCK, CONSOLE, NET, RNG, BlockDriver, ConsoleDriver, Linux, NetDriver, RngDriver
+from lguest_guest import (
+    BLOCK,
+    CONSOLE,
+    NET,
+    RNG,
+    BigNetDriver,
+    BlockDriver,
+    ConsoleDriver,
+    Linux,
+    NetDriver,
+    PlainNetDriver,
+    RngDriver,
+)
 
 from lguestlib.__main__ import run
 from lguestlib.runtime import launcher
@@ -84,11 +96,15 @@ class Shell:
     def rand(self) -> str:
         return self.randomness[0].read().hex()
 
-    def rebind(self) -> str:
-        """All but the console's drivers."""
-        for driver in [*self.disks, *self.randomness, *self.cards]:
+    def rebind(self, kind: str = "new") -> str:
+        """All but the console's drivers; a network card's may be another *kind*."""
+        for driver in [*self.disks, *self.randomness]:
             driver.remove()
             driver.probe()
+        kinds = {"new": NetDriver, "big": BigNetDriver, "plain": PlainNetDriver}
+        for number, net in enumerate(self.cards):
+            net.remove()
+            self.cards[number] = kinds[kind](net.device)
         return "bound again"
 
     def off(self) -> str:

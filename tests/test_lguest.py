@@ -22,11 +22,13 @@ from lguest_guest import (
     LINUX_2_6_33,
     LINUX_3_11,
     NET,
+    NET_GUEST_TSO4,
     NET_MRG_RXBUF,
     READ,
     RNG,
     SCSI_COMMAND,
     WRITE,
+    BigNetDriver,
     BlockDriver,
     ConsoleDriver,
     Linux,
@@ -217,10 +219,14 @@ def test_features_are_what_the_driver_knows(host: Host, release: Release) -> Non
 
 
 @releases
-def test_a_driver_without_mergeable_buffers_has_headers_of_ten_bytes(host: Host, release: Release) -> None:
+@pytest.mark.parametrize("driver", [PlainNetDriver, BigNetDriver])
+def test_a_driver_without_mergeable_buffers_has_headers_of_ten_bytes(
+    host: Host, driver: type[NetDriver], release: Release
+) -> None:
     def steps(linux: Linux) -> None:
-        net = use_net(linux, PlainNetDriver)
+        net = use_net(linux, driver)
         assert not net.mergeable
+        assert net.big == (driver is BigNetDriver and bool(net.device.offered & NET_GUEST_TSO4))
         # And one with them, after it, twelve again.
         net.remove()
         assert use_net(linux).mergeable
@@ -281,6 +287,24 @@ def test_a_disk_that_is_not_to_be_written_says_so(tmp_path: Path) -> None:
     host = Host(tmp_path / "disk", read_only=True)
     assert host.boot(session(steps)) == PowerOff()
     host.close()
+
+
+def test_a_disk_goes_on_past_what_32_bits_count(host: Host) -> None:
+    sectors = (5 << 30) // 512
+    os.truncate(host.image, 5 << 30)
+
+    def steps(linux: Linux) -> None:
+        disk = BlockDriver(linux.of_type(BLOCK))
+        assert disk.capacity == sectors
+        disk.write(sectors - 1, b"the last".ljust(512, b"."))
+        disk.flush()
+        assert disk.read(sectors - 1, 512).startswith(b"the last")
+        assert disk.request(READ, sectors, answer=512)[0] == 1
+
+    assert host.boot(session(steps)) == PowerOff()
+    with host.image.open("rb") as image:
+        image.seek(-512, os.SEEK_END)
+        assert image.read(8) == b"the last"
 
 
 def test_an_initrd_is_at_the_top_of_memory(host: Host) -> None:

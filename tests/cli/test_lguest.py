@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import sys
 import termios
 import time
@@ -61,9 +62,10 @@ def test_the_seeds_own_line_boots_to_a_shell_with_its_disk_and_its_network(
         assert session.command("write 5 kept") == "written\n"
         assert session.command("ping 20") == "20 replies\n"
         network.call("ping", "-q", "-c", "20", "-i", "0.01", GUEST)
-        assert session.command("rebind") == "bound again\n"
-        assert session.command("ping 3") == "3 replies\n"
-        network.call("ping", "-q", "-c", "3", "-i", "0.01", GUEST)
+        for kind in ("plain", "big", "new"):
+            assert session.command(f"rebind {kind}") == "bound again\n"
+            assert session.command("ping 3") == "3 replies\n"
+            network.call("ping", "-q", "-c", "3", "-i", "0.01", "-s", "1400", GUEST)
         session.type("off\n")
         status, _, errors = session.end()
     assert status == 0
@@ -169,6 +171,16 @@ def test_three_interrupts_at_the_terminal_end_it_and_leave_the_terminal_as_it_wa
             time.sleep(0.1)
         assert session.end().status == 130
         assert termios.tcgetattr(session.terminal) == before
+
+
+def test_a_signal_ends_it_and_its_interface_goes(network: Namespace, folder: Path) -> None:
+    words = ["run", "64", "vmlinux", "--tunnet=192.168.19.1"]
+    with Session(*words, prefix=network.prefix, command=COMMAND, directory=folder) as session:
+        session.prompt()
+        assert network.interfaces() == ["tap0"]
+        session.signal(signal.SIGTERM)
+        assert session.end().status == 128 + signal.SIGTERM
+    assert network.interfaces() == []
 
 
 def test_a_ping_is_the_seeds_five_calls(network: Namespace, folder: Path) -> None:
