@@ -32,7 +32,7 @@ from lguestlib.virtio.vhost_user.backend import (
     Reset,
     StopQueue,
 )
-from lguestlib.virtio.vhost_user.memory_table import MemoryRegion
+from lguestlib.virtio.vhost_user.memory_table import MemoryRegion, RingAddresses
 from lguestlib.virtio.vhost_user.message import Message, ProtocolError
 
 NEED_REPLY = 1 | 8
@@ -45,6 +45,7 @@ GUEST, USER, SIZE = 0x4000_0000, 0x7F00_0000_0000, 0x10_0000
 LAYOUT = QueueLayout(
     0, 8, GuestAddress(GUEST + 0x1000), GuestAddress(GUEST + 0x2000), GuestAddress(GUEST + 0x3000)
 )
+ADDRESSES = RingAddresses(UserAddress(USER + 0x1000), UserAddress(USER + 0x2000), UserAddress(USER + 0x3000))
 
 
 def u64(value: int) -> bytes:
@@ -424,7 +425,7 @@ def test_t8_a_ring_is_served_once_all_is_told_whatever_comes_last(order: Sequenc
     for step in order:
         assert talk.setup() is None
         STEPS[step](talk)
-    assert talk.setup() == QueueSetup(LAYOUT, RingIndex(0), FEATURES, 101, -1, None, 1)
+    assert talk.setup() == QueueSetup(LAYOUT, ADDRESSES, RingIndex(0), FEATURES, 101, -1, None, 1)
     assert isinstance(talk.effects[0], Arrange) and 0 in talk.effects[0].indices
     talk.end()
 

@@ -16,9 +16,8 @@ from lguestlib.virtio.vhost_user.frontend import (
     Request,
     RequestRefused,
     Requests,
-    RingAddresses,
 )
-from lguestlib.virtio.vhost_user.memory_table import MemoryRegion
+from lguestlib.virtio.vhost_user.memory_table import MemoryRegion, RingAddresses
 from lguestlib.virtio.vhost_user.message import Message, ProtocolError
 
 EVERYTHING = (1 << 64) - 1
@@ -50,9 +49,16 @@ COMMANDS: list[tuple[Make, int, bytes, tuple[int, ...]]] = [
         lambda requests: requests.set_vring_addr(1, ADDRESSES), 9,
         struct.pack("<II4Q", 1, 0, 0x10, 0x30, 0x20, 0), (),
     ),
+    (
+        lambda requests: requests.set_vring_addr(1, ADDRESSES, GuestAddress(0x40)), 9,
+        struct.pack("<II4Q", 1, 1, 0x10, 0x30, 0x20, 0x40), (),
+    ),
     (lambda requests: requests.set_vring_base(1, RingIndex(7)), 10, struct.pack("<II", 1, 7), ()),
     (lambda requests: requests.set_vring_kick(1, 4), 12, struct.pack("<Q", 1), (4,)),
     (lambda requests: requests.set_vring_call(1, 5), 13, struct.pack("<Q", 1), (5,)),
+    (lambda requests: requests.set_vring_call(1, -1), 13, struct.pack("<Q", 0x101), ()),
+    (lambda requests: requests.passed_on(Message(37, b"region", (9,), 0x1)), 37, b"region", (9,)),
+    (lambda requests: requests.passed_on(Message(6, b"log", (9,), 0x1 | NEED_REPLY)), 6, b"log", (9,)),
     (lambda requests: requests.set_vring_err(1, 6), 14, struct.pack("<Q", 1), (6,)),
     (lambda requests: requests.set_vring_enable(1, True), 18, struct.pack("<II", 1, 1), ()),
     (lambda requests: requests.set_backend_req_fd(8), 21, b"", (8,)),

@@ -1,6 +1,5 @@
-"""One front-end's connection: its messages on one thread, a thread for each of its rings."""
+"""One front-end's connection: its messages on one thread, its rings served by others."""
 
-import mmap
 import os
 import socket
 import stat
@@ -12,30 +11,16 @@ from dataclasses import dataclass
 from lguestlib.abi import memfd, uio
 from lguestlib.abi import vhost_user as abi
 from lguestlib.abi.eventfd import SIGNAL, is_eventfd
-from lguestlib.memory.dirty_log import DirtyLog
-from lguestlib.memory.guest import GuestMemory
-from lguestlib.memory.mapping import check_held, map_shared
-from lguestlib.memory.region import Region
-from lguestlib.runtime.counters import QueueCounters
-from lguestlib.runtime.failure import describe, without_frames
-from lguestlib.runtime.gil import meeting_place
-from lguestlib.runtime.interrupt import CallInterrupt, Interrupt, NoInterrupt, has_room
-from lguestlib.runtime.kick import EventfdKick
-from lguestlib.runtime.polling import AdaptivePoll
-from lguestlib.runtime.queue_thread import QueueEnds, QueueThread
-from lguestlib.runtime.trace import Tracer
-from lguestlib.runtime.transfer_thread import TransferThread
+from lguestlib.runtime.failure import describe
+from lguestlib.runtime.interrupt import has_room
+from lguestlib.runtime.vhost_user.rings import Rings, RingsLost, ServedRing
 from lguestlib.runtime.vhost_user.stream import MessageStream, close_all
 from lguestlib.virtio.device import Device, Queue
 from lguestlib.virtio.errors import VirtioError
-from lguestlib.virtio.inflight import InflightRecord, area_size, part_of
-from lguestlib.virtio.layout import RingIndex
-from lguestlib.virtio.queue_log import QueueLog
-from lguestlib.virtio.split_device import SplitDeviceQueue
+from lguestlib.virtio.inflight import area_size
 from lguestlib.virtio.vhost_user.backend import (
     LOG_ALL,
     PROTOCOL_FEATURES,
-    Area,
     Arrange,
     BackEnd,
     Effect,
@@ -47,66 +32,49 @@ from lguestlib.virtio.vhost_user.backend import (
     Reset,
     StopQueue,
 )
-from lguestlib.virtio.vhost_user.memory_table import MemoryRegion
 from lguestlib.virtio.vhost_user.message import Message, ProtocolError
 
 _INTERRUPTS = (abi.VHOST_USER_SET_VRING_CALL, abi.VHOST_USER_SET_VRING_ERR)
 
 
-class _SharedKick(EventfdKick):
-    """A kick whose counter the front-end may have filled: then nobody sleeps on it, and no more is needed."""
-
-    def signal(self) -> None:
-        if has_room(self.fd):
-            with suppress(BlockingIOError):
-                super().signal()
-
-
 @dataclass
 class _Served:
-    """A ring that a thread serves, as it was set up."""
+    """A ring that is served, as it was set up."""
 
     setup: QueueSetup
-    thread: QueueThread
+    ring: ServedRing
 
 
 class Conversation:
     """Serves *device* to the front-end on *stream*, from its first message to its last.
 
-    *counters* has one entry for each of *queues*, the device's.  *report* is
-    given lines for people.  Before it sleeps a queue's thread looks for work for up
-    to *poll* nanoseconds.
+    *queues* are the device's, and *rings* has them served.  *report* is given
+    lines for people.  With *on_failure* a failure is its to tell people of: it is
+    given the reason, on whatever thread.
     """
 
     def __init__(
         self,
         device: Device,
         queues: Sequence[Queue],
-        counters: Sequence[QueueCounters],
+        rings: Rings,
         stream: MessageStream,
         report: Callable[[str], None],
-        tracer: Tracer | None = None,
-        poll: int = 0,
+        on_failure: Callable[[str], None] | None = None,
     ) -> None:
         self._device = device
         self._queues = queues
-        self._counters = counters
+        self._rings = rings
         self._stream = stream
         self._report = report
-        self._tracer = tracer
-        self._poll = poll
+        self._on_failure = on_failure or self._report_failure
         self._backend = BackEnd(device)
         self._served: dict[int, _Served] = {}
-        self._regions: dict[MemoryRegion, Region] = {}
-        self._memory: GuestMemory | None = None
-        self._log: DirtyLog | None = None
-        self._inflight: tuple[mmap.mmap, int, int] | None = None
         self._ending = False
         self._active = False
-        self._failure: Exception | None = None
+        self._failed = False
         # Held by whoever lets the device fail, and by whoever closes descriptors that are used for it.
         self._lock = threading.Lock()
-        self._processor = meeting_place() if any(queue.from_outside for queue in queues) else None
         # Held for a moment by whoever sends on the channel or replaces it.
         self._channel_lock = threading.Lock()
         self._channel: MessageStream | None = None
@@ -116,10 +84,11 @@ class Conversation:
         """Answer messages until there are no more, or one that breaks the protocol; then give everything back."""
         self._device.on_config_change = self._config_changed
         try:
+            self._rings.open(self.end)
             while (message := self._stream.receive()) is not None:
                 self._handle(message)
-        except ConnectionError:
-            # It is gone without waiting for its last answer.
+        except (ConnectionError, RingsLost):
+            # It is gone without waiting for its last answer, or has been told of.
             pass
         except Exception as error:
             if not self._ending:
@@ -132,6 +101,11 @@ class Conversation:
         self._ending = True
         self._stream.end()
 
+    def halt(self) -> None:
+        """The device stops working until it is reset, or all its rings have been stopped; any thread may say so."""
+        with self._lock:
+            self._halt()
+
     def _handle(self, message: Message) -> None:
         backend = self._backend
         result, failure = 0, None
@@ -140,7 +114,7 @@ class Conversation:
             self._check(message, fd)
         if effect is not None:
             try:
-                result = self._apply(effect)
+                result = self._apply(effect, message)
             except (OSError, ValueError) as error:
                 failure = error
         discarded, backend.discarded = backend.discarded, []
@@ -172,10 +146,14 @@ class Conversation:
         if not good:
             raise ProtocolError(f"{message.name}: the descriptor is not {wanted}")
 
-    def _apply(self, effect: Effect) -> int:
+    def _apply(self, effect: Effect, message: Message) -> int:
         match effect:
-            case MapMemory():
-                self._map(effect)
+            case MapMemory() | MapLog():
+                self._rings.take(effect, message)
+                self._arrange_served()
+                self._rings.let_go()
+            case MapInflight():
+                self._rings.take(effect, message)
             case Arrange(indices):
                 for index in indices:
                     self._arrange(index)
@@ -185,56 +163,10 @@ class Conversation:
                 self._stop_all()
                 self._recovered()
                 self._deactivate()
-                self._forget_inflight()
-            case MapLog(area):
-                self._log_to(area)
+                self._rings.forget_inflight()
             case NewInflight(queues, size):
                 return memfd.memfd("vhost-user-inflight", area_size(queues, size))
-            case MapInflight(area, queues, size):
-                self._record_in(area, queues, size)
         return 0
-
-    def _map(self, change: MapMemory) -> None:
-        """Exchange the guest's memory: threads take it between two chains; the old goes when none uses it (T12)."""
-        regions: dict[MemoryRegion, Region] = {}
-        try:
-            for told in change.table.regions:
-                if told in change.files:
-                    regions[told] = Region.from_fd(told.guest, told.size, change.files[told], told.offset)
-                else:
-                    regions[told] = self._regions[told]
-            memory = GuestMemory(regions.values()) if regions else None
-        except BaseException:
-            for told in change.files.keys() & regions.keys():
-                regions[told].close()
-            raise
-        gone = [region for told, region in self._regions.items() if regions.get(told) is not region]
-        self._regions, self._memory = regions, memory
-        self._arrange_served()
-        for region in gone:
-            region.close()
-
-    def _log_to(self, area: Area) -> None:
-        before, self._log = self._log, DirtyLog(area.fd, area.size, area.offset)
-        self._arrange_served()
-        if before:
-            before.close()
-
-    def _record_in(self, area: Area, queues: int, size: int) -> None:
-        before = self._inflight
-        check_held(area.fd, area.size, area.offset)
-        # Not all of the area, whose length is the front-end's.
-        mapping, skip = map_shared(area.fd, area_size(queues, size), area.offset)
-        self._inflight = mapping, skip, size
-        if before:
-            before[0].close()
-
-    def _forget_inflight(self) -> None:
-        """The driver begins its rings anew, and so does the record of them."""
-        if self._inflight:
-            mapping, skip, _ = self._inflight
-            with memoryview(mapping) as whole, whole[skip:] as area:
-                area[:] = bytes(len(area))
 
     def _arrange_served(self) -> None:
         for index in list(self._served):
@@ -246,16 +178,16 @@ class Conversation:
         setup = None
         try:
             setup = self._backend.setup(index)
-            if setup is None or self._failure:
+            if setup is None or self._failed:
                 pass
             elif served is None:
                 self._start(index, setup)
             elif setup != served.setup:
                 before, served.setup = served.setup, setup
-                served.thread.exchange(lambda ends: self._exchanged(ends, before, setup))
+                served.ring.exchange(before, setup)
         except VirtioError as error:
-            self._fail(index, self._name(index), error)
-        if setup is None or self._failure:
+            self._fail(index, f"{self._name(index)}: {describe(error)}")
+        if setup is None or self._failed:
             # Whatever it has used is let go of, since it may go now.
             self._stop_ring(index)
 
@@ -264,57 +196,11 @@ class Conversation:
             try:
                 self._device.activate(setup.features & ~(LOG_ALL | PROTOCOL_FEATURES))
             except Exception as error:
-                self._fail(index, self._device.name, error)
+                self._fail(index, f"{self._device.name}: {describe(error)}")
                 return
             self._active = True
-        kind = TransferThread if self._queues[index].transfers else QueueThread
-        thread = kind(
-            self._name(index), self._queues[index], self._ring(setup, setup.base), self._kick(setup),
-            self._interrupt(setup), self._counters[index],
-            lambda thread, error: self._fail(index, thread.name, error), self._processor,
-            AdaptivePoll(self._poll) if self._poll else None,
-        )  # fmt: skip
-        self._served[index] = _Served(setup, thread)
-        thread.start()
-
-    def _exchanged(self, ends: QueueEnds, before: QueueSetup, setup: QueueSetup) -> QueueEnds:
-        """On the queue's thread: the ends for *setup*, with what has not changed kept."""
-        kick = ends.kick if setup.kick == before.kick else self._kick(setup)
-        interrupt = ends.interrupt if setup.call == before.call else self._interrupt(setup)
-        ring = ends.ring
-        if (setup.generation, setup.features, setup.layout, setup.log_used) != (
-            before.generation, before.features, before.layout, before.log_used,
-        ):  # fmt: skip
-            ring = self._ring(setup, ends.ring.next_available)
-        return QueueEnds(ring, kick, interrupt)
-
-    def _ring(self, setup: QueueSetup, next_available: RingIndex) -> SplitDeviceQueue:
-        if self._memory is None:
-            raise ProtocolError("the guest has no memory")
-        index, record, log = setup.layout.index, None, None
-        if self._inflight:
-            mapping, skip, size = self._inflight
-            with memoryview(mapping) as whole, whole[skip:] as area:
-                record = InflightRecord(index, part_of(area, index, size), size)
-        if self._log and (setup.features & LOG_ALL or setup.log_used is not None):
-            log = QueueLog(self._log, bool(setup.features & LOG_ALL), setup.log_used)
-        try:
-            return SplitDeviceQueue(
-                setup.layout, self._memory, setup.features, next_available, inflight=record, log=log
-            )
-        except BaseException:
-            if record:
-                record.release()
-            raise
-
-    def _kick(self, setup: QueueSetup) -> EventfdKick:
-        return _SharedKick(setup.kick, self._tracer)
-
-    def _interrupt(self, setup: QueueSetup) -> Interrupt:
-        if setup.call >= 0 and not is_eventfd(setup.call):
-            # Its two ends are not non-blocking together, and a full one could not be emptied from here.
-            os.set_blocking(setup.call, False)
-        return CallInterrupt(setup.call, self._tracer) if setup.call >= 0 else NoInterrupt()
+        ring = self._rings.start(index, setup, lambda reason: self._fail(index, reason))
+        self._served[index] = _Served(setup, ring)
 
     def _name(self, index: int) -> str:
         return f"{self._device.name} {self._queues[index].name}"
@@ -329,33 +215,37 @@ class Conversation:
     def _stop_ring(self, index: int) -> None:
         served = self._served.pop(index, None)
         if served:
-            self._backend.stopped(index, served.thread.stop())
+            self._backend.stopped(index, served.ring.stop())
 
     def _stop_all(self) -> None:
         for served in self._served.values():
-            served.thread.request_stop()
+            served.ring.request_stop()
         while self._served:
-            self._served.popitem()[1].thread.stop()
+            self._served.popitem()[1].ring.stop()
 
-    def _fail(self, index: int, where: str, error: Exception) -> None:
-        """The device stops working until it is reset, or all its rings have been stopped."""
+    def _fail(self, index: int, reason: str) -> None:
+        """The device stops working because of ring *index*, until it is reset, or all its rings have been stopped."""
         with self._lock:
-            if self._failure:
+            if self._failed:
                 return
-            self._failure = without_frames(error)
-            self._backend.failed = True
-            for served in list(self._served.values()):
-                served.thread.request_stop()
+            self._halt()
             told = self._backend.rings[index].error
             if told >= 0 and has_room(told):
                 # It may be a pipe that nobody reads any more.
                 with suppress(OSError):
                     uio.write(told, SIGNAL)
-        self._report(f"{where}: {describe(error)}; the device has stopped until it is reset")
+        self._on_failure(reason)
+
+    def _halt(self) -> None:
+        self._failed = self._backend.failed = True
+        for served in list(self._served.values()):
+            served.ring.request_stop()
+
+    def _report_failure(self, reason: str) -> None:
+        self._report(f"{reason}; the device has stopped until it is reset")
 
     def _recovered(self) -> None:
-        self._failure = None
-        self._backend.failed = False
+        self._failed = self._backend.failed = False
 
     def _deactivate(self) -> None:
         if self._active:
@@ -386,16 +276,12 @@ class Conversation:
 
     def _close(self) -> None:
         self._device.on_config_change = lambda device: None
-        self._stop_all()
+        with suppress(RingsLost):
+            self._stop_all()
+        self._rings.close()
         close_all(self._backend.close())
         self._follow_channel()
         self._deactivate()
-        for region in self._regions.values():
-            region.close()
-        if self._log:
-            self._log.close()
-        if self._inflight:
-            self._inflight[0].close()
         # Others may have the socket open, too.
         self._stream.end()
         self._stream.close()

@@ -27,9 +27,8 @@ from lguestlib.virtio.vhost_user.frontend import (
     Request,
     RequestRefused,
     Requests,
-    RingAddresses,
 )
-from lguestlib.virtio.vhost_user.memory_table import MemoryRegion
+from lguestlib.virtio.vhost_user.memory_table import MemoryRegion, RingAddresses
 from lguestlib.virtio.vhost_user.message import FDS_MAX, Message, ProtocolError
 
 REPLY_SECONDS = 5.0

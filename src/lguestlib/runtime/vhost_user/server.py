@@ -12,6 +12,7 @@ from lguestlib.runtime.counters import QueueCounters
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.vhost_user.conversation import Conversation
 from lguestlib.runtime.vhost_user.stream import MessageStream
+from lguestlib.runtime.vhost_user.thread_rings import ThreadRings
 from lguestlib.virtio.device import Device
 
 _PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS, errno.ECONNABORTED)
@@ -21,8 +22,7 @@ _PASSING_SECONDS = 0.05
 class Server:
     """Serves *device* on *listener*, a listening socket or one that is connected already; it owns it.
 
-    *report* is given lines for people.  Queues' threads look for work for up to *poll*
-    nanoseconds before they sleep.  *on_end* is called, on the server's
+    *report* is given lines for people.  *on_end* is called, on the server's
     thread, when there will be no more front-ends.
     """
 
@@ -33,7 +33,6 @@ class Server:
         report: Callable[[str], None],
         tracer: Tracer | None = None,
         on_end: Callable[[], None] = lambda: None,
-        poll: int = 0,
     ) -> None:
         self.device = device
         self.queues = tuple(device.queues())
@@ -42,7 +41,6 @@ class Server:
         self._report = report
         self._tracer = tracer
         self._on_end = on_end
-        self._poll = poll
         self._stopping = False
         # Held while the conversation is looked at, or replaced.
         self._lock = threading.Lock()
@@ -83,9 +81,8 @@ class Server:
 
     def _converse(self, connection: socket.socket) -> None:
         stream = MessageStream(connection)
-        conversation = Conversation(
-            self.device, self.queues, self.counters, stream, self._report, self._tracer, self._poll
-        )
+        rings = ThreadRings(self.device.name, self.queues, self.counters, self._tracer)
+        conversation = Conversation(self.device, self.queues, rings, stream, self._report)
         with self._lock:
             self._conversation = conversation
             if self._stopping:

@@ -27,7 +27,7 @@ from lguestlib.virtio.features import Feature
 from lguestlib.virtio.inflight import area_size
 from lguestlib.virtio.layout import QUEUE_SIZE_MAX, QueueLayout, RingIndex
 from lguestlib.virtio.status import Status
-from lguestlib.virtio.vhost_user.memory_table import REGIONS_MAX, MemoryRegion, MemoryTable
+from lguestlib.virtio.vhost_user.memory_table import REGIONS_MAX, MemoryRegion, MemoryTable, RingAddresses
 from lguestlib.virtio.vhost_user.message import FDS_MAX, Message, ProtocolError, u64
 
 LOG_ALL = 1 << abi.VHOST_F_LOG_ALL
@@ -123,11 +123,12 @@ Effect = MapMemory | Arrange | StopQueue | Reset | MapLog | NewInflight | MapInf
 class QueueSetup:
     """A ring to be served: where, from which avail index, with which features and descriptors.
 
-    *log_used*: where its used ring is logged; *generation* counts changes of
+    *addresses*: where that is for the front-end; *log_used*: where its used ring is logged; *generation* counts changes of
     what else it depends on: memory, the log, the record of requests in flight.
     """
 
     layout: QueueLayout
+    addresses: RingAddresses
     base: RingIndex
     features: int
     kick: int
@@ -139,9 +140,7 @@ class QueueSetup:
 @dataclass
 class _Ring:
     size: int = 0
-    descriptors: UserAddress | None = None
-    available: UserAddress = UserAddress(0)
-    used: UserAddress = UserAddress(0)
+    addresses: RingAddresses | None = None
     log_used: GuestAddress | None = None
     base: int = 0
     kick: int = -1
@@ -152,7 +151,7 @@ class _Ring:
     @property
     def ready(self) -> bool:
         """Whether it is to be served once features are negotiated."""
-        return self.enabled and bool(self.size) and self.kick >= 0 and self.descriptors is not None
+        return self.enabled and bool(self.size) and self.kick >= 0 and self.addresses is not None
 
 
 @dataclass
@@ -239,13 +238,13 @@ class BackEnd:
         Raises ProtocolError for a ring that is in no memory.
         """
         ring = self.rings[index]
-        if not self._is_served(ring) or ring.descriptors is None:
+        if not self._is_served(ring) or ring.addresses is None:
             return None
-        place = self.table.guest_address
-        layout = QueueLayout(index, ring.size, place(ring.descriptors), place(ring.available), place(ring.used))
+        layout = QueueLayout(index, ring.size, *map(self.table.guest_address, ring.addresses))
         return QueueSetup(
-            layout, RingIndex(ring.base), self.features, ring.kick, ring.call, ring.log_used, self._generation
-        )
+            layout, ring.addresses, RingIndex(ring.base), self.features, ring.kick, ring.call, ring.log_used,
+            self._generation,
+        )  # fmt: skip
 
     def stopped(self, index: int, next_available: RingIndex) -> None:
         """Ring *index* has been stopped, for whatever reason, and goes on from there when it starts again."""
@@ -322,14 +321,14 @@ class BackEnd:
     def _set_vring_addr(self, message: Message) -> Effect | None:
         wire = abi.vhost_vring_addr.from_buffer_copy(message.payload)
         ring = self._ring(message, wire.index)
-        descriptors, available, used = map(
-            UserAddress, (wire.desc_user_addr, wire.avail_user_addr, wire.used_user_addr)
+        addresses = RingAddresses(
+            *map(UserAddress, (wire.desc_user_addr, wire.avail_user_addr, wire.used_user_addr))
         )
-        if self._is_served(ring) and (descriptors, available, used) != (ring.descriptors, ring.available, ring.used):
+        if self._is_served(ring) and addresses != ring.addresses:
             raise ProtocolError(f"SET_VRING_ADDR: ring {wire.index} is served (GET_VRING_BASE stops it)")
-        for address in (descriptors, available, used):
+        for address in addresses:
             self.table.guest_address(address)
-        ring.descriptors, ring.available, ring.used = descriptors, available, used
+        ring.addresses = addresses
         ring.log_used = (
             GuestAddress(wire.log_guest_addr) if wire.flags & 1 << abi.VHOST_VRING_F_LOG else None
         )

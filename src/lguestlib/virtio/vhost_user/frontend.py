@@ -9,13 +9,13 @@ back-end has to say by itself comes over a channel of its own (`heard`).
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 from lguestlib.abi import vhost_user as abi
-from lguestlib.memory.address import UserAddress
+from lguestlib.memory.address import GuestAddress
 from lguestlib.virtio.errors import VirtioError
 from lguestlib.virtio.layout import RingIndex
-from lguestlib.virtio.vhost_user.memory_table import MemoryRegion
+from lguestlib.virtio.vhost_user.memory_table import MemoryRegion, RingAddresses
 from lguestlib.virtio.vhost_user.message import FDS_MAX, Message, ProtocolError, u64
 
 Answer = TypeVar("Answer", covariant=True)
@@ -67,14 +67,6 @@ class Request(Generic[Answer]):
         if reply.fds:
             raise ProtocolError(f"{name}: answered with {len(reply.fds)} descriptors")
         return self.decode(reply.payload)
-
-
-class RingAddresses(NamedTuple):
-    """Where the parts of a ring are in the front-end's own address space."""
-
-    descriptors: UserAddress
-    available: UserAddress
-    used: UserAddress
 
 
 class Requests:
@@ -152,12 +144,16 @@ class Requests:
         """Ring *index* goes on from the available entry *base*."""
         return self._command(abi.VHOST_USER_SET_VRING_BASE, _state(index, base))
 
-    def set_vring_addr(self, index: int, addresses: RingAddresses) -> Request[None]:
-        """Ring *index* is there."""
+    def set_vring_addr(
+        self, index: int, addresses: RingAddresses, log: GuestAddress | None = None
+    ) -> Request[None]:
+        """Ring *index* is there; writes of its used ring are logged at *log*, if that is not None."""
         wire = abi.vhost_vring_addr(
             index=index, desc_user_addr=addresses.descriptors, avail_user_addr=addresses.available,
             used_user_addr=addresses.used,
         )  # fmt: skip
+        if log is not None:
+            wire.flags, wire.log_guest_addr = 1 << abi.VHOST_VRING_F_LOG, log
         return self._command(abi.VHOST_USER_SET_VRING_ADDR, bytes(wire))
 
     def set_vring_kick(self, index: int, fd: int) -> Request[None]:
@@ -165,7 +161,9 @@ class Requests:
         return self._command(abi.VHOST_USER_SET_VRING_KICK, u64(index), (fd,))
 
     def set_vring_call(self, index: int, fd: int) -> Request[None]:
-        """Ring *index* interrupts through the eventfd *fd*."""
+        """Ring *index* interrupts through the eventfd *fd*; with -1 it does not."""
+        if fd < 0:
+            return self._command(abi.VHOST_USER_SET_VRING_CALL, u64(index | abi.VHOST_USER_VRING_NOFD_MASK))
         return self._command(abi.VHOST_USER_SET_VRING_CALL, u64(index), (fd,))
 
     def set_vring_err(self, index: int, fd: int) -> Request[None]:
@@ -204,6 +202,10 @@ class Requests:
         """Forget all that the driver has set.  Raises RequestRefused without RESET_DEVICE."""
         self._need(abi.VHOST_USER_PROTOCOL_F_RESET_DEVICE, "RESET_DEVICE")
         return self._command(abi.VHOST_USER_RESET_DEVICE)
+
+    def passed_on(self, message: Message) -> Request[None]:
+        """What another front-end has asked, with its descriptors; of what is answered with a number, or not at all."""
+        return self._command(message.request, message.payload, message.fds)
 
     def heard(self, message: Message) -> tuple[bool, Message | None]:
         """A *message* of the back-end's own: whether the config space has changed, and the reply, if any.

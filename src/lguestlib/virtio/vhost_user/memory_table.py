@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from lguestlib.abi import vhost_user as abi
 from lguestlib.memory.address import GuestAddress, UserAddress
@@ -40,6 +41,14 @@ class MemoryRegion:
 
     def __str__(self) -> str:
         return f"at {self.guest:#x} of {self.size:#x} bytes"
+
+
+class RingAddresses(NamedTuple):
+    """Where the parts of a ring are in the front-end's own address space."""
+
+    descriptors: UserAddress
+    available: UserAddress
+    used: UserAddress
 
 
 class MemoryTable:

@@ -1,0 +1,199 @@
+"""Rings served by threads of this process, each asleep on its kick."""
+
+import mmap
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from lguestlib.abi.eventfd import is_eventfd
+from lguestlib.memory.dirty_log import DirtyLog
+from lguestlib.memory.guest import GuestMemory
+from lguestlib.memory.mapping import check_held, map_shared
+from lguestlib.memory.region import Region
+from lguestlib.runtime.counters import QueueCounters
+from lguestlib.runtime.failure import describe
+from lguestlib.runtime.gil import meeting_place
+from lguestlib.runtime.interrupt import CallInterrupt, Interrupt, NoInterrupt, has_room
+from lguestlib.runtime.kick import EventfdKick
+from lguestlib.runtime.queue_thread import QueueEnds, QueueThread
+from lguestlib.runtime.trace import Tracer
+from lguestlib.runtime.transfer_thread import TransferThread
+from lguestlib.runtime.vhost_user.rings import OnFailure
+from lguestlib.virtio.device import Queue
+from lguestlib.virtio.inflight import InflightRecord, area_size, part_of
+from lguestlib.virtio.layout import RingIndex
+from lguestlib.virtio.queue_log import QueueLog
+from lguestlib.virtio.split_device import SplitDeviceQueue
+from lguestlib.virtio.vhost_user.backend import (
+    LOG_ALL,
+    Area,
+    MapInflight,
+    MapLog,
+    MapMemory,
+    QueueSetup,
+)
+from lguestlib.virtio.vhost_user.memory_table import MemoryRegion
+from lguestlib.virtio.vhost_user.message import Message, ProtocolError
+
+
+class _SharedKick(EventfdKick):
+    """A kick whose counter the front-end may have filled: then nobody sleeps on it, and no more is needed."""
+
+    def signal(self) -> None:
+        if has_room(self.fd):
+            with suppress(BlockingIOError):
+                super().signal()
+
+
+class _ThreadRing:
+    """A ring that *thread* serves on what *rings* has."""
+
+    def __init__(self, rings: "ThreadRings", thread: QueueThread) -> None:
+        self._rings = rings
+        self._thread = thread
+
+    def exchange(self, before: QueueSetup, setup: QueueSetup) -> None:
+        self._thread.exchange(lambda ends: self._rings.exchanged(ends, before, setup))
+
+    def request_stop(self) -> None:
+        self._thread.request_stop()
+
+    def stop(self) -> RingIndex:
+        return self._thread.stop()
+
+
+class ThreadRings:
+    """Serves *queues* of the device *name* from a thread each.
+
+    *counters* has one entry for each of *queues*.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        queues: Sequence[Queue],
+        counters: Sequence[QueueCounters],
+        tracer: Tracer | None = None,
+    ) -> None:
+        self._name = name
+        self._queues = queues
+        self._counters = counters
+        self._tracer = tracer
+        self._regions: dict[MemoryRegion, Region] = {}
+        self._memory: GuestMemory | None = None
+        self._log: DirtyLog | None = None
+        self._inflight: tuple[mmap.mmap, int, int] | None = None
+        self._replaced: list[Region | DirtyLog] = []
+        self._processor = meeting_place() if any(queue.from_outside for queue in queues) else None
+
+    def open(self, on_lost: Callable[[], None]) -> None:
+        """Nothing can be lost."""
+
+    def take(self, effect: MapMemory | MapLog | MapInflight, message: Message) -> None:
+        match effect:
+            case MapMemory():
+                self._map(effect)
+            case MapLog(area):
+                before, self._log = self._log, DirtyLog(area.fd, area.size, area.offset)
+                if before:
+                    self._replaced.append(before)
+            case MapInflight(area, queues, size):
+                self._record_in(area, queues, size)
+
+    def _map(self, change: MapMemory) -> None:
+        """Exchange the guest's memory: threads take it between two chains; the old goes when none uses it (T12)."""
+        regions: dict[MemoryRegion, Region] = {}
+        try:
+            for told in change.table.regions:
+                if told in change.files:
+                    regions[told] = Region.from_fd(told.guest, told.size, change.files[told], told.offset)
+                else:
+                    regions[told] = self._regions[told]
+            memory = GuestMemory(regions.values()) if regions else None
+        except BaseException:
+            for told in change.files.keys() & regions.keys():
+                regions[told].close()
+            raise
+        self._replaced += [
+            region for told, region in self._regions.items() if regions.get(told) is not region
+        ]
+        self._regions, self._memory = regions, memory
+
+    def _record_in(self, area: Area, queues: int, size: int) -> None:
+        before = self._inflight
+        check_held(area.fd, area.size, area.offset)
+        # Not all of the area, whose length is the front-end's.
+        mapping, skip = map_shared(area.fd, area_size(queues, size), area.offset)
+        self._inflight = mapping, skip, size
+        if before:
+            before[0].close()
+
+    def let_go(self) -> None:
+        replaced, self._replaced = self._replaced, []
+        for each in replaced:
+            each.close()
+
+    def forget_inflight(self) -> None:
+        if self._inflight:
+            mapping, skip, _ = self._inflight
+            with memoryview(mapping) as whole, whole[skip:] as area:
+                area[:] = bytes(len(area))
+
+    def start(self, index: int, setup: QueueSetup, on_failure: OnFailure) -> _ThreadRing:
+        queue = self._queues[index]
+        kind = TransferThread if queue.transfers else QueueThread
+        thread = kind(
+            f"{self._name} {queue.name}", queue, self._ring(setup, setup.base), self._kick(setup),
+            self._interrupt(setup), self._counters[index],
+            lambda thread, error: on_failure(f"{thread.name}: {describe(error)}"), self._processor,
+        )  # fmt: skip
+        thread.start()
+        return _ThreadRing(self, thread)
+
+    def exchanged(self, ends: QueueEnds, before: QueueSetup, setup: QueueSetup) -> QueueEnds:
+        """On the queue's thread: the ends for *setup*, with what has not changed kept."""
+        kick = ends.kick if setup.kick == before.kick else self._kick(setup)
+        interrupt = ends.interrupt if setup.call == before.call else self._interrupt(setup)
+        ring = ends.ring
+        if (setup.generation, setup.features, setup.layout, setup.log_used) != (
+            before.generation, before.features, before.layout, before.log_used,
+        ):  # fmt: skip
+            ring = self._ring(setup, ends.ring.next_available)
+        return QueueEnds(ring, kick, interrupt)
+
+    def _ring(self, setup: QueueSetup, next_available: RingIndex) -> SplitDeviceQueue:
+        if self._memory is None:
+            raise ProtocolError("the guest has no memory")
+        index, record, log = setup.layout.index, None, None
+        if self._inflight:
+            mapping, skip, size = self._inflight
+            with memoryview(mapping) as whole, whole[skip:] as area:
+                record = InflightRecord(index, part_of(area, index, size), size)
+        if self._log and (setup.features & LOG_ALL or setup.log_used is not None):
+            log = QueueLog(self._log, bool(setup.features & LOG_ALL), setup.log_used)
+        try:
+            return SplitDeviceQueue(
+                setup.layout, self._memory, setup.features, next_available, inflight=record, log=log
+            )
+        except BaseException:
+            if record:
+                record.release()
+            raise
+
+    def _kick(self, setup: QueueSetup) -> EventfdKick:
+        return _SharedKick(setup.kick, self._tracer)
+
+    def _interrupt(self, setup: QueueSetup) -> Interrupt:
+        if setup.call >= 0 and not is_eventfd(setup.call):
+            # Its two ends are not non-blocking together, and a full one could not be emptied from here.
+            os.set_blocking(setup.call, False)
+        return CallInterrupt(setup.call, self._tracer) if setup.call >= 0 else NoInterrupt()
+
+    def close(self) -> None:
+        self.let_go()
+        for region in self._regions.values():
+            region.close()
+        if self._log:
+            self._log.close()
+        if self._inflight:
+            self._inflight[0].close()
