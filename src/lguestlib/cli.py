@@ -126,6 +126,8 @@ serve blk              a disk
   --aio sync|io_uring  a queue's requests one after the other, right for what is in the page
                        cache (default), or many at a time, for a disk that takes its time
   --direct             past the page cache (O_DIRECT)
+  --processes          a process for each queue: threads of one interpreter take turns, which
+                       small blocks on several busy queues feel; a process is 10 MiB or so
 serve net              a network card
   --tap NAME           on the TAP interface of that name, which is there already
   --tunnet IP[/LEN][:MAC]|bridge:BR[:MAC]
@@ -437,6 +439,9 @@ def _serve(words: list[str]) -> int:
         return 0
     if sum(given.kind == "console" and not given.pty for given in groups) > 1:
         raise _UsageError("serve console: there is one terminal (the others need --pty)")
+    trace = next((given.trace for given in groups if given.trace), None)
+    if trace and any(given.processes for given in groups):
+        raise _UsageError(f"--trace {trace}: calls are not recorded in other processes (leave --processes away)")
     stats = next((given.stats for given in groups if given.stats), 0.0)
     in_place = os.isatty(1)
     shown = False
@@ -449,7 +454,7 @@ def _serve(words: list[str]) -> int:
         shown = True
         _show(up + "\n".join(f"{rate}{end}" for rate in rates))
 
-    with _tracing(next((given.trace for given in groups if given.trace), None)) as tracer:
+    with _tracing(trace) as tracer:
         number = Serving([_served_device(given) for given in groups], _say, stats, show, tracer).run()
     return 0 if number in (0, signal.SIGTERM) else SIGNALLED + number
 
@@ -467,7 +472,9 @@ def _by_kind(words: list[str]) -> Iterator[list[str]]:
     yield group
 
 
-_SERVE_SWITCHES = ("--read-only", "--direct", "--loopback", "--pty", "--print-capabilities", "--help")
+_SERVE_SWITCHES = (
+    "--read-only", "--direct", "--processes", "--loopback", "--pty", "--print-capabilities", "--help",
+)  # fmt: skip
 
 
 def _served(words: list[str]) -> argparse.Namespace:
@@ -480,13 +487,14 @@ def _served(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--print-capabilities", action="store_true")
     parser.add_argument("--stats", type=_seconds, metavar="SECONDS", default=0.0)
     parser.add_argument("--trace", metavar="FILE")
-    parser.set_defaults(kind=kind, blk_file="", pty=False, tap=None, tunnet=None)
+    parser.set_defaults(kind=kind, blk_file="", processes=False, pty=False, tap=None, tunnet=None)
     if kind == "blk":
         parser.add_argument("--blk-file", metavar="FILE", default="")
         parser.add_argument("--read-only", action="store_true")
         parser.add_argument("--num-queues", type=_queue_count, metavar="N", default=1)
         parser.add_argument("--aio", choices=("sync", "io_uring"), default="sync")
         parser.add_argument("--direct", action="store_true")
+        parser.add_argument("--processes", action="store_true")
     elif kind == "net":
         network = parser.add_mutually_exclusive_group()
         network.add_argument("--tap", metavar="NAME")
@@ -534,7 +542,9 @@ def _served_device(given: argparse.Namespace) -> "ServedDevice":
             device = PtyConsole() if given.pty else TerminalConsole()
         case _:
             device = Randomness()
-    return ServedDevice(device, given.socket_path, given.fd, given.without, 1000 * given.poll)
+    return ServedDevice(
+        device, given.socket_path, given.fd, given.without, 1000 * given.poll, given.processes
+    )
 
 
 def _descriptor(text: str) -> int:

@@ -61,7 +61,8 @@ def nothing_left() -> Iterator[None]:
     descriptors, threads = open_descriptors(), threading.active_count()
     yield
     eventually(lambda: threading.active_count() <= threads, "the threads' end")
-    assert open_descriptors() <= descriptors
+    left = {fd: os.readlink(f"/proc/self/fd/{fd}") for fd in open_descriptors() - descriptors}
+    assert not left, left
 
 
 class Rig:

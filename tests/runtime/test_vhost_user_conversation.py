@@ -1079,7 +1079,7 @@ def test_nothing_is_lost_or_done_twice_whatever_a_front_end_does_under_load(
 
 
 class DiskLoad(Load):
-    """Writes and then reads a block of the disk's for each token, again and again."""
+    """Writes and then reads a block of the disk's for each token, again and again; each ring its own 64."""
 
     def __init__(self, ring: Ring, depth: int) -> None:
         self.versions = [0] * depth
@@ -1090,7 +1090,7 @@ class DiskLoad(Load):
         data, around = self.ring.buffer(2 * token, PAGE), self.ring.buffer(2 * token + 1, 16)
         status = Buffer(GuestAddress(around.address + 64), 1)
         memory = self.ring.front.memory
-        memory.write(around.address, struct.pack("<IIQ", 0 if reading else 1, 0, 8 * token))
+        memory.write(around.address, struct.pack("<IIQ", 0 if reading else 1, 0, 8 * self._block(token)))
         memory.write(status.address, b"\xff")
         memory.write(data.address, bytes(PAGE) if reading else self._pattern(token, version))
         if reading:
@@ -1109,9 +1109,11 @@ class DiskLoad(Load):
             )
         self.versions[token] += 1
 
-    @staticmethod
-    def _pattern(token: int, version: int) -> bytes:
-        return struct.pack("=QQ", token, version) * (PAGE // 16)
+    def _block(self, token: int) -> int:
+        return 64 * self.ring.index + token
+
+    def _pattern(self, token: int, version: int) -> bytes:
+        return struct.pack("=QQ", self._block(token), version) * (PAGE // 16)
 
 
 @pytest.mark.parametrize("transfers", [False, True])

@@ -21,6 +21,7 @@ from lguestlib.abi.eventfd import eventfd
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.memory.region import Region
+from lguestlib.runtime.vhost_user.process_rings import QueueProcesses
 from lguestlib.runtime.vhost_user.server import Server
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Device, Queue
@@ -355,9 +356,17 @@ class Echo(Device):
 
 
 class Served:
-    """A server of *device* at a socket in *folder*; `reports` is what it had to say."""
+    """A server of *device* at a socket in *folder*; `reports` is what it had to say.
 
-    def __init__(self, device: Device, folder: Path) -> None:
+    *processes*, where given, makes those of its queues of where they report.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        folder: Path,
+        processes: Callable[[Callable[[str], None]], QueueProcesses] | None = None,
+    ) -> None:
         self.path = str(folder / f"{device.name}.sock")
         listener = socket.socket(socket.AF_UNIX)
         listener.bind(self.path)
@@ -365,7 +374,10 @@ class Served:
         self.device = device
         self.reports: list[str] = []
         self.ended = threading.Event()
-        self.server = Server(device, listener, self.reports.append, on_end=self.ended.set)
+        self.processes = processes(self.reports.append) if processes else None
+        self.server = Server(
+            device, listener, self.reports.append, on_end=self.ended.set, processes=self.processes
+        )
         self.server.start()
 
     def front(self, name: str = "front-end") -> FrontEnd:
@@ -397,5 +409,7 @@ class Served:
 
     def __exit__(self, kind: type[BaseException] | None, *details: object) -> None:
         self.server.close()
+        if self.processes:
+            self.processes.close()
         if kind is None:
-            assert self.reports == []
+            assert self.reports == [], self.reports

@@ -75,15 +75,15 @@ class DiskAttachment(Attachment):
     kind = "block"
 
     def __init__(self, disk: FileDisk, queues: int = 1, aio: AioName = "sync") -> None:
-        self._disk = disk
+        self.disk = disk
         self._queues = queues
         self._transfer_file = disk.fd if aio == "io_uring" else None
 
     def device(self, number: int) -> Device:
-        return Block(self._disk, f"block{number}", self._queues, self._transfer_file)
+        return Block(self.disk, f"block{number}", self._queues, self._transfer_file)
 
     def close(self) -> None:
-        self._disk.close()
+        self.disk.close()
 
 
 class ExternalDiskAttachment(Attachment):

@@ -4,6 +4,9 @@ import os
 import sys
 from collections.abc import Callable
 
+SWITCH_INTERVAL = 10e-6
+"""Seconds a queue's thread waits for the GIL before it asks for it: the default is 5 ms."""
+
 # Drawn, since processes in containers often have one and the same number.
 _place = int.from_bytes(os.urandom(4), sys.byteorder)
 

@@ -17,6 +17,7 @@ from lguestlib.runtime.backend.terminal import Terminal
 from lguestlib.runtime.boot import Boot
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.initramfs.archive import make_initramfs
+from lguestlib.runtime.gil import SWITCH_INTERVAL
 from lguestlib.runtime.inprocess.machine import InprocessMachine
 from lguestlib.runtime.inprocess.shell import shell
 from lguestlib.runtime.kvm import KvmMachine, KvmUnusable, open_kvm
@@ -35,9 +36,6 @@ from lguestlib.runtime.uml.machine import UmlMachine
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.devices.console import Console
 from lguestlib.virtio.lguest import BusFull
-
-SWITCH_INTERVAL = 10e-6
-"""Seconds a queue's thread waits for the GIL before it asks for it: the default is 5 ms."""
 
 MEMORY_MIN = 4 * MEBIBYTE
 

@@ -11,10 +11,9 @@ from lguestlib.abi import kvm
 from lguestlib.runtime.backend.tap import DEVICE as TUN_DEVICE
 from lguestlib.runtime.backend.tap import Tap
 from lguestlib.runtime.backend.uring import IO_URING_REMEDY, Uring
-from lguestlib.runtime.gil import gil_enabled
+from lguestlib.runtime.gil import SWITCH_INTERVAL, gil_enabled
 from lguestlib.runtime.kvm import DEVICE as KVM_DEVICE
 from lguestlib.runtime.kvm import KvmUnusable, capability, open_kvm
-from lguestlib.runtime.launcher import SWITCH_INTERVAL
 from lguestlib.runtime.lguest.file import DEVICE as LGUEST_DEVICE
 from lguestlib.runtime.lguest.file import DevLguest, LguestUnusable
 from lguestlib.runtime.namespace import enter_network_namespace

@@ -101,11 +101,6 @@ class Conversation:
         self._ending = True
         self._stream.end()
 
-    def halt(self) -> None:
-        """The device stops working until it is reset, or all its rings have been stopped; any thread may say so."""
-        with self._lock:
-            self._halt()
-
     def _handle(self, message: Message) -> None:
         backend = self._backend
         result, failure = 0, None
@@ -228,18 +223,15 @@ class Conversation:
         with self._lock:
             if self._failed:
                 return
-            self._halt()
+            self._failed = self._backend.failed = True
+            for served in list(self._served.values()):
+                served.ring.request_stop()
             told = self._backend.rings[index].error
             if told >= 0 and has_room(told):
                 # It may be a pipe that nobody reads any more.
                 with suppress(OSError):
                     uio.write(told, SIGNAL)
         self._on_failure(reason)
-
-    def _halt(self) -> None:
-        self._failed = self._backend.failed = True
-        for served in list(self._served.values()):
-            served.ring.request_stop()
 
     def _report_failure(self, reason: str) -> None:
         self._report(f"{reason}; the device has stopped until it is reset")

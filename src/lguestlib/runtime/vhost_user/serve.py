@@ -10,14 +10,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
-from lguestlib.runtime.attachments import Attachment, ConsoleAttachment, attach
+from lguestlib.runtime.attachments import Attachment, ConsoleAttachment, DiskAttachment, attach
 from lguestlib.runtime.backend.terminal import Terminal
 from lguestlib.runtime.errors import LaunchError
-from lguestlib.runtime.launcher import SWITCH_INTERVAL
-from lguestlib.runtime.options import DeviceOption, TerminalConsole
+from lguestlib.runtime.gil import SWITCH_INTERVAL
+from lguestlib.runtime.options import DeviceOption, DiskImage, TerminalConsole
 from lguestlib.runtime.session import ENDING, INPUT, OUTPUT
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.vhost_user.listen import Listener, inherited
+from lguestlib.runtime.vhost_user.process_rings import QueueProcesses
+from lguestlib.runtime.vhost_user.queue_process import QueueOfDisk
 from lguestlib.runtime.vhost_user.server import Server
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.devices.block import Block
@@ -32,7 +34,8 @@ class ServedDevice:
     """A *device* behind the socket at *path*, or behind the one inherited as *fd*.
 
     *without*: names of features that are not to be offered.  *poll*: nanoseconds for
-    which its queues' threads look for work before they sleep.
+    which its queues' threads look for work before they sleep.  *processes*: each
+    queue, of a disk, in a process of its own.
     """
 
     device: DeviceOption | TerminalConsole
@@ -40,6 +43,7 @@ class ServedDevice:
     fd: int = -1
     without: tuple[str, ...] = ()
     poll: int = 0
+    processes: bool = False
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,13 @@ class Serving:
             counts[kind] = number = counts.get(kind, -1) + 1
             device = attachment.device(number)
             _withhold(device, served.without)
-            server = Server(device, connection, self._say, self._tracer, self._server_ended, served.poll)
+            processes = None
+            if served.processes and isinstance(served.device, DiskImage) and isinstance(attachment, DiskAttachment):
+                processes = _processes(device, served.device, attachment.disk.fd, served.poll, self._say)
+                opened.callback(processes.close)
+            server = Server(
+                device, connection, self._say, self._tracer, self._server_ended, processes, served.poll
+            )
             self._servers.append(server)
 
     def _server_ended(self) -> None:
@@ -179,6 +189,10 @@ class Serving:
                         return self._ended_by
                     self._changed(Console, Console.resized)
                 case signal.SIGUSR1:
+                    # Before the driver is told, which may use the new room at once.
+                    for server in self._servers:
+                        if server.processes:
+                            server.processes.resized()
                     self._changed(Block, Block.resized)
                 case signal.SIGCONT:
                     terminal.resume()
@@ -193,6 +207,9 @@ class Serving:
                 tell(server.device)
 
     def _totals(self) -> list[tuple[int, ...]]:
+        for server in self._servers:
+            if server.processes:
+                server.processes.count(server.counters)
         return [
             (counters.chains, counters.bytes, counters.kicks, counters.interrupts, counters.errors)
             for server in self._servers
@@ -206,6 +223,22 @@ class Serving:
         for name, old, new in zip(names, before, now):
             chains, moved, kicks, interrupts, _ = (last - first for last, first in zip(new, old))
             yield QueueRate(name, seconds, chains, moved, kicks, interrupts, new[-1])
+
+
+def _processes(device: Device, image: DiskImage, fd: int, poll: int, say: Callable[[str], None]) -> QueueProcesses:
+    """A process for each queue of *device*, which is the disk *image*, open as *fd*.  Raises LaunchError."""
+    names = [f"{device.name} {queue.name}" for queue in device.queues()]
+    queues = [
+        QueueOfDisk(
+            device.name, index, fd, image.path, image.read_only, image.direct, image.queues,
+            image.aio == "io_uring", poll, device.withheld,
+        )
+        for index in range(image.queues)
+    ]  # fmt: skip
+    try:
+        return QueueProcesses(list(zip(queues, names)), say)
+    except OSError as error:
+        raise LaunchError(f"--processes: {error.strerror}") from None
 
 
 def _withhold(device: Device, names: Sequence[str]) -> None:

@@ -11,6 +11,8 @@ from lguestlib.abi.prctl import name_thread
 from lguestlib.runtime.counters import QueueCounters
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.vhost_user.conversation import Conversation
+from lguestlib.runtime.vhost_user.process_rings import ProcessRings, QueueProcesses
+from lguestlib.runtime.vhost_user.rings import Rings
 from lguestlib.runtime.vhost_user.stream import MessageStream
 from lguestlib.runtime.vhost_user.thread_rings import ThreadRings
 from lguestlib.virtio.device import Device
@@ -22,8 +24,10 @@ _PASSING_SECONDS = 0.05
 class Server:
     """Serves *device* on *listener*, a listening socket or one that is connected already; it owns it.
 
-    *report* is given lines for people.  *on_end* is called, on the server's
-    thread, when there will be no more front-ends.
+    Each queue has a thread here, or where *processes* are given a process there,
+    which stay the caller's.  Before they sleep queues' threads look for work for up to
+    *poll* nanoseconds.  *report* is given lines for people.  *on_end* is called, on the
+    server's thread, when there will be no more front-ends.
     """
 
     def __init__(
@@ -33,14 +37,19 @@ class Server:
         report: Callable[[str], None],
         tracer: Tracer | None = None,
         on_end: Callable[[], None] = lambda: None,
+        processes: QueueProcesses | None = None,
+        poll: int = 0,
     ) -> None:
         self.device = device
+        self.processes = processes
         self.queues = tuple(device.queues())
         self.counters = [QueueCounters() for _ in self.queues]
+        """What the queues have done; processes, until they were last asked (`QueueProcesses.count`)."""
         self._socket = listener
         self._report = report
         self._tracer = tracer
         self._on_end = on_end
+        self._poll = poll
         self._stopping = False
         # Held while the conversation is looked at, or replaced.
         self._lock = threading.Lock()
@@ -81,8 +90,7 @@ class Server:
 
     def _converse(self, connection: socket.socket) -> None:
         stream = MessageStream(connection)
-        rings = ThreadRings(self.device.name, self.queues, self.counters, self._tracer)
-        conversation = Conversation(self.device, self.queues, rings, stream, self._report)
+        conversation = Conversation(self.device, self.queues, self._rings(), stream, self._report)
         with self._lock:
             self._conversation = conversation
             if self._stopping:
@@ -92,6 +100,11 @@ class Server:
         finally:
             with self._lock:
                 self._conversation = None
+
+    def _rings(self) -> Rings:
+        if self.processes:
+            return ProcessRings(self.processes)
+        return ThreadRings(self.device.name, self.queues, self.counters, self._tracer, self._poll)
 
     def request_stop(self) -> None:
         """End the connection there is, take no more, and return at once; any thread may call this."""

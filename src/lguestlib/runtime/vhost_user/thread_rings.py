@@ -15,6 +15,7 @@ from lguestlib.runtime.failure import describe
 from lguestlib.runtime.gil import meeting_place
 from lguestlib.runtime.interrupt import CallInterrupt, Interrupt, NoInterrupt, has_room
 from lguestlib.runtime.kick import EventfdKick
+from lguestlib.runtime.polling import AdaptivePoll
 from lguestlib.runtime.queue_thread import QueueEnds, QueueThread
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.transfer_thread import TransferThread
@@ -65,7 +66,8 @@ class _ThreadRing:
 class ThreadRings:
     """Serves *queues* of the device *name* from a thread each.
 
-    *counters* has one entry for each of *queues*.
+    *counters* has one entry for each of *queues*.  Before it sleeps a thread looks
+    for work for up to *poll* nanoseconds.
     """
 
     def __init__(
@@ -74,11 +76,13 @@ class ThreadRings:
         queues: Sequence[Queue],
         counters: Sequence[QueueCounters],
         tracer: Tracer | None = None,
+        poll: int = 0,
     ) -> None:
         self._name = name
         self._queues = queues
         self._counters = counters
         self._tracer = tracer
+        self._poll = poll
         self._regions: dict[MemoryRegion, Region] = {}
         self._memory: GuestMemory | None = None
         self._log: DirtyLog | None = None
@@ -146,6 +150,7 @@ class ThreadRings:
             f"{self._name} {queue.name}", queue, self._ring(setup, setup.base), self._kick(setup),
             self._interrupt(setup), self._counters[index],
             lambda thread, error: on_failure(f"{thread.name}: {describe(error)}"), self._processor,
+            AdaptivePoll(self._poll) if self._poll else None,
         )  # fmt: skip
         thread.start()
         return _ThreadRing(self, thread)
