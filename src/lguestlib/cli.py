@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NoReturn
 
 from lguestlib.runtime.errors import LaunchError
+from lguestlib.runtime.gil import gil_enabled
 from lguestlib.runtime.interface import InterfaceAddress
 from lguestlib.runtime.options import (
     DEFAULT_DEVICES,
@@ -512,6 +513,11 @@ def _served(words: list[str]) -> argparse.Namespace:
         raise _UsageError("serve blk: --blk-file FILE is missing")
     if kind == "blk" and given.poll and given.aio != "sync":
         raise _UsageError(f"serve blk: --poll {given.poll} is for --aio sync: a thread of io_uring's has requests out")
+    if kind == "blk" and given.poll and given.num_queues > 1 and gil_enabled() and not given.processes:
+        raise _UsageError(
+            f"serve blk: --poll {given.poll} with {given.num_queues} queues: their threads would take the"
+            " interpreter from each other (--processes gives each one of its own)"
+        )
     if kind == "net" and given.tap is None and given.tunnet is None and not given.loopback:
         raise _UsageError("serve net: give one of --tap NAME, --tunnet IP and --loopback")
     return given

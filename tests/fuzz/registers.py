@@ -12,7 +12,8 @@ from lguestlib.virtio.devices.block import Block
 from lguestlib.virtio.devices.console import Console
 from lguestlib.virtio.devices.entropy import Entropy
 from lguestlib.virtio.devices.net import Net
-from lguestlib.virtio.mmio import REGION_SIZE, MmioTransport, QueueStop, Reset
+from lguestlib.virtio.effects import QueueStop, Reset
+from lguestlib.virtio.mmio import REGION_SIZE, MmioTransport
 
 ACCESSES = 1000
 """What one seed makes."""

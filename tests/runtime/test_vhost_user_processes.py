@@ -61,7 +61,7 @@ class ServedDisk(Served):
                 [
                     (
                         QueueOfDisk(
-                            "block", index, self.disk.fd, str(self.image), False, False, QUEUES, transfers, 0
+                            "block", index, self.disk.fd, str(self.image), False, False, QUEUES, transfers, 0, 0
                         ),
                         f"block queue{index}",
                     )
