@@ -376,7 +376,7 @@ def _run(words: list[str]) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--verbose", action="store_true",
-        help="tell of each device that is made, and at the end what each queue has done",
+        help="tell at the end what each queue has done, and with lguest where each device is",
     )
     parser.add_argument(
         "positional", nargs="*", metavar="MEM KERNEL ARGS", help="memory in MiB, a kernel, its command line"

@@ -29,7 +29,6 @@ from lguestlib.runtime.lguest.runner import LguestDeviceRunner
 from lguestlib.runtime.machine import Outcome, Reboot, Stopped
 from lguestlib.runtime.mmio_machine import DEVICES_AT, DEVICES_MAX, MmioMachine
 from lguestlib.runtime.options import MEBIBYTE, HypervisorName, MachineOptions, VhostUserDisk
-from lguestlib.runtime.runner import Served
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.uml.kernel import UmlKernel
 from lguestlib.runtime.uml.machine import UmlMachine
@@ -101,9 +100,9 @@ class Launcher:
         for note in self._notes:
             self._say(note)
         self._notes.clear()
-        if self.options.verbose:
+        if self.options.verbose and isinstance(machine, LguestMachine):
             for runner in machine.runners:
-                self._say(_made(runner))
+                self._say(_placed(runner))
         with self._lock:
             self._machine = machine
         try:
@@ -312,15 +311,15 @@ def _check_lguest(options: MachineOptions) -> None:
         raise LaunchError(f"lguest: {error}") from None
 
 
-def _made(runner: Served) -> str:
-    """A line that tells of a device that has been made."""
-    line = f"{runner.device.name}: {' and '.join(queue.name for queue in runner.queues)}"
-    if isinstance(runner, LguestDeviceRunner):
-        transport = runner.transport
-        irqs = " and ".join(map(str, transport.irqs))
-        rings = " and ".join(f"{layout.descriptors:#x}" for layout in transport.layouts)
-        line += f", interrupts {irqs}, rings at {rings}, described at {transport.address:#x}"
-    return line
+def _placed(runner: LguestDeviceRunner) -> str:
+    """A line that tells of a device and where its guest finds it."""
+    transport = runner.transport
+    queues = " and ".join(queue.name for queue in runner.queues)
+    irqs = " and ".join(map(str, transport.irqs))
+    rings = " and ".join(f"{layout.descriptors:#x}" for layout in transport.layouts)
+    return (
+        f"{runner.device.name}: {queues}, interrupts {irqs}, rings at {rings}, described at {transport.address:#x}"
+    )
 
 
 def _check_memory(size: int, hypervisor: HypervisorName) -> None:

@@ -118,7 +118,7 @@ class MachineOptions:
     Without *kernel*, a path, the built-in guest runs, or the distribution's
     User-mode Linux; *arguments* are words of the guest's command line.  User-mode
     Linux without *initrd* has a shell, which is *script*'s if that is not None.
-    *verbose*: tell of each device that is made.
+    *verbose*: tell where a guest on lguest finds its devices.
     """
 
     hypervisor: HypervisorName = "auto"
