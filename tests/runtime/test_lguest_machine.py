@@ -144,8 +144,11 @@ def test_t21_a_driver_that_is_bound_again_may_use_its_device_before_driver_ok_to
     class Early(RngDriver):
         def set_up(self) -> None:
             super().set_up()
+            started = rig.runners[0].transport
+            assert started.started is (release is LINUX_3_11), "what was kicked before is forgotten"
             assert self.read() == bytes([len(answers) + 1]) * 10
             answers.append(1)
+            assert started.started and started.features == self.device.features
 
     answers: list[int] = []
 
@@ -160,7 +163,8 @@ def test_t21_a_driver_that_is_bound_again_may_use_its_device_before_driver_ok_to
         driver.remove()
         driver.device.accept(0)
 
-    assert Rig(session(steps, release)).run() == PowerOff(0)
+    rig = Rig(session(steps, release))
+    assert rig.run() == PowerOff(0)
     assert len(answers) == 4
 
 

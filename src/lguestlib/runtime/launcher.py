@@ -38,8 +38,8 @@ from lguestlib.virtio.lguest import BusFull
 
 MEMORY_MIN = 4 * MEBIBYTE
 
-LGUEST_MEMORY_MAX = (1 << 32) - MEBIBYTE
-"""All that has an address of 32 bits, but for the device pages."""
+LGUEST_MEMORY_MAX = (min(1 << 32, sys.maxsize) // MEBIBYTE - 2) * MEBIBYTE
+"""What has an address of 32 bits and one interpreter can map, device pages and guard pages beside it."""
 
 UML_MEMORY_MIN = 48 * MEBIBYTE
 """Less, and the kernel does not come to its first file system."""
