@@ -10,7 +10,9 @@ import ctypes
 import errno
 import os
 import struct
+import subprocess
 import sys
+from functools import cache
 
 import pytest
 
@@ -60,7 +62,19 @@ def on_old_kernel(*command: str) -> list[str]:
     """The command that runs *command* there, or the running test is skipped."""
     if os.uname().machine not in ("x86_64", "i386", "i586", "i686"):
         pytest.skip(f"system call numbers of {os.uname().machine} are not known here: run this on x86")
+    refusal = _refusal()
+    if refusal:
+        pytest.skip(f"no seccomp filters here, {refusal} (a kernel with CONFIG_SECCOMP_FILTER has them)")
     return [sys.executable, __file__, *command]
+
+
+@cache
+def _refusal() -> str:
+    """Why a process cannot become old here; empty where it can."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    words = [sys.executable, __file__, "true"]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    return done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
 
 
 if __name__ == "__main__":
