@@ -10,11 +10,7 @@ import ctypes
 import errno
 import os
 import struct
-import subprocess
 import sys
-from functools import cache
-
-import pytest
 
 from lguestlib.abi.libc import check, function
 
@@ -56,25 +52,6 @@ def become_old() -> None:
     instructions = _filter()
     program = _Program(len(instructions) // 8, instructions)
     check(prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(program), 0, 0), "PR_SET_SECCOMP")
-
-
-def on_old_kernel(*command: str) -> list[str]:
-    """The command that runs *command* there, or the running test is skipped."""
-    if os.uname().machine not in ("x86_64", "i386", "i586", "i686"):
-        pytest.skip(f"system call numbers of {os.uname().machine} are not known here: run this on x86")
-    refusal = _refusal()
-    if refusal:
-        pytest.skip(f"no seccomp filters here, {refusal} (a kernel with CONFIG_SECCOMP_FILTER has them)")
-    return [sys.executable, __file__, *command]
-
-
-@cache
-def _refusal() -> str:
-    """Why a process cannot become old here; empty where it can."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    words = [sys.executable, __file__, "true"]
-    done = subprocess.run(words, env=environment, capture_output=True, text=True)
-    return done.stderr.strip().rpartition("\n")[2] if done.returncode else ""
 
 
 if __name__ == "__main__":

@@ -4,11 +4,9 @@ import errno
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import interpreters
 import pytest
-from old_kernel import on_old_kernel
 
 YOUNG_CALLS = """
 import errno, os
@@ -39,12 +37,9 @@ def interpreter(request: pytest.FixtureRequest) -> list[str]:
 
 
 def run(interpreter: list[str], *arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(interpreters.SOURCE), str(Path(pytest.__file__).parent.parent)]),
-        "PYTHONDONTWRITEBYTECODE": "1",
-    }
+    environment = os.environ | {"PYTHONPATH": str(interpreters.SOURCE), "PYTHONDONTWRITEBYTECODE": "1"}
     return subprocess.run(
-        on_old_kernel(*interpreter, *arguments), env=environment, stdin=subprocess.DEVNULL,
+        interpreters.on_old_kernel(*interpreter, *arguments), env=environment, stdin=subprocess.DEVNULL,
         capture_output=True, text=True, timeout=timeout,
     )  # fmt: skip
 

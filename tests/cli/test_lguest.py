@@ -15,7 +15,6 @@ import interpreters
 import pytest
 import sessions
 from memory.images import Load, elf
-from old_kernel import on_old_kernel
 from sessions import PYTHON, Namespace, Session, programs_or_skip
 
 PROGRAM = str(Path(__file__).parents[1] / "lguest_launch.py")
@@ -47,7 +46,7 @@ def command(request: pytest.FixtureRequest) -> tuple[str, ...]:
     if request.param == "this interpreter":
         return COMMAND
     python = (sys.executable,) if request.param == "an old kernel" else tuple(interpreters.i386_or_skip())
-    return tuple(on_old_kernel(*python, *PYTHON[1:], PROGRAM))
+    return tuple(interpreters.on_old_kernel(*python, *PYTHON[1:], PROGRAM))
 
 
 def test_the_seeds_own_line_boots_to_a_shell_with_its_disk_and_its_network(
