@@ -5,7 +5,6 @@ the kicks and the interrupts are handed over: nothing of the data comes this way
 """
 
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import fields
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
 from lguestlib.abi.prctl import name_thread
@@ -29,8 +28,11 @@ from lguestlib.virtio.vhost_user.frontend import Request, RequestRefused, Reques
 from lguestlib.virtio.vhost_user.message import Message, ProtocolError
 
 _PACKET = 65536
+_ANSWER_SECONDS = 30.0
+"""How long a process may take to do what it is told, its start included, before it is killed."""
+
 _END_SECONDS = 1.0
-"""How long a process may take to end by itself."""
+"""How long it may take to end by itself."""
 
 Answer = TypeVar("Answer", covariant=True)
 
@@ -45,13 +47,12 @@ class QueueProcess:
         self.name = name
         self.on_failure: OnFailure = _nobody
         """Told of the queue's failure in the conversation there is."""
-        self.on_end: Callable[[], None] = _nothing
-        """Called when the process has ended, whatever the reason."""
+        self.on_over: Callable[[], None] = _nothing
+        """Called when that conversation is over, or the process has ended, whatever the reason."""
         self.ended = False
-        self.over = threading.Event()
-        """Set when the process has let go of all that the last conversation has brought."""
         self._report = report
         self._stopping = False
+        self._over = threading.Event()
         # Held from an order to its answer.
         self._asking = threading.Lock()
         self._answers: SimpleQueue[bytes | None] = SimpleQueue()
@@ -75,12 +76,23 @@ class QueueProcess:
                 socket.send_fds(self._control, [order.value], fds)
             except OSError:
                 return None
-            return self._answers.get()
+            try:
+                return self._answers.get(timeout=_ANSWER_SECONDS)
+            except Empty:
+                self._process.kill()
+                return self._answers.get()
 
     def converse(self, connection: socket.socket) -> bool:
         """Have it talk on *connection*, which stays the caller's; False where it has ended."""
-        self.over.clear()
+        self._over.clear()
         return self.ask(Order.CONVERSE, [connection.fileno()]) is not None
+
+    def rest(self) -> None:
+        """Return when it has let go of all that the last conversation has brought."""
+        if not self._over.wait(_ANSWER_SECONDS):
+            self._process.kill()
+            self._over.wait()
+        self.on_failure, self.on_over = _nobody, _nothing
 
     def _run(
         self, queue: QueueOfDisk, control: int, started: "SimpleQueue[subprocess.Popen[bytes] | Exception]"
@@ -101,10 +113,9 @@ class QueueProcess:
         self.ended = True
         self._answers.put(None)
         if not self._stopping:
-            how = signal.Signals(-status).name if status < 0 else f"exit status {status}"
+            how = f"signal {-status}" if status < 0 else f"exit status {status}"
             self._report(f"{self.name}: its process has ended ({how}); the next front-end gets another")
-        self.on_end()
-        self.over.set()
+        self._end_conversation()
 
     def _listen(self) -> None:
         """Take what it tells until there is no more."""
@@ -118,7 +129,11 @@ class QueueProcess:
                 case Told.SAID:
                     self._report(text.decode())
                 case Told.OVER:
-                    self.over.set()
+                    self._end_conversation()
+
+    def _end_conversation(self) -> None:
+        self.on_over()
+        self._over.set()
 
     def _receive(self) -> bytes:
         try:
@@ -228,17 +243,17 @@ class _Link:
     def __init__(self, processes: QueueProcesses, index: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         self._stream = MessageStream(ours)
-        with theirs:
-            try:
-                self.process = processes.converse(index, theirs)
-            except BaseException:
-                ours.close()
-                raise
         # Held while something is sent: what was sent first is answered first.
         self._sending = threading.Lock()
         self._asked: deque[_Asked[object]] = deque()
         self.requests = Requests()
-        self.send(self.requests.set_protocol_features(OFFERED))
+        try:
+            with theirs:
+                self.process = processes.converse(index, theirs)
+            self.send(self.requests.set_protocol_features(OFFERED))
+        except BaseException:
+            ours.close()
+            raise
 
     def send(self, request: Request[Answer]) -> _Asked[Answer]:
         """Ask without waiting.  Raises RingsLost."""
@@ -276,8 +291,7 @@ class _Link:
 
     def close(self) -> None:
         """Return when it has."""
-        self.process.over.wait()
-        self.process.on_failure, self.process.on_end = _nobody, _nothing
+        self.process.rest()
         self._stream.close()
 
 
@@ -352,7 +366,7 @@ class ProcessRings:
         for index in range(len(self._processes)):
             link = _Link(self._processes, index)
             self._links.append(link)
-            link.process.on_end = on_lost
+            link.process.on_over = on_lost
             if link.process.ended:
                 raise RingsLost
 
