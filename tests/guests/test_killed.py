@@ -35,10 +35,11 @@ RAW: dict[str, tuple[str, ...]] = {
     "two": ("--num-queues", "2"),
     "uring": ("--num-queues", "2", "--aio", "io_uring"),
     "direct": ("--aio", "io_uring", "--direct"),
+    "processes": ("--num-queues", "2", "--processes"),
 }
 """The disks that are written past any file system, and their options.
 
-Requests to the last, where its file system has O_DIRECT, come back in any order.
+Requests to "direct", where its file system has O_DIRECT, come back in any order.
 """
 
 class Moment(NamedTuple):
@@ -130,7 +131,7 @@ def test_t17_nothing_is_lost_when_a_back_end_is_killed_under_load(tmp_path: Path
         words += ["blk", "--socket-path", str(socket), "--blk-file", str(tmp_path / f"{name}.img"), *more]
         queues = 2 if "--num-queues" in more else 1
         devices.append(SocketDevice("blk", socket, f"num-queues={queues}", "reconnect=1"))
-    names = {name: f"/dev/vd{'abcdef'[number]}" for number, name in enumerate(options)}
+    names = {name: f"/dev/vd{'abcdefg'[number]}" for number, name in enumerate(options)}
     subprocess.run(["mke2fs", "-q", "-t", "ext4", images["system"]], check=True)
 
     def start() -> Session:
