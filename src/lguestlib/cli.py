@@ -442,7 +442,7 @@ def _serve(words: list[str]) -> int:
         raise _UsageError("serve console: there is one terminal (the others need --pty)")
     trace = next((given.trace for given in groups if given.trace), None)
     if trace and any(given.processes for given in groups):
-        raise _UsageError(f"--trace {trace}: calls are not recorded in other processes (leave --processes away)")
+        raise _UsageError(f"--trace {trace}: it does not reach other processes (leave --processes away)")
     stats = next((given.stats for given in groups if given.stats), 0.0)
     in_place = os.isatty(1)
     shown = False

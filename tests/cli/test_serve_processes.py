@@ -198,7 +198,7 @@ def test_a_signal_to_the_whole_group_is_its_leaders_to_follow(
 
 def test_it_ends_with_the_socket_it_was_started_on(image: Path) -> None:
     ours, theirs = socket.socketpair()
-    words = ["serve", "blk", f"--fd={theirs.fileno()}", "--blk-file", str(image), "--num-queues=2", "--processes"]
+    words = ["serve", "blk", f"--fd={theirs.fileno()}", f"--blk-file={image}", "--num-queues=2", "--processes"]
     environment = os.environ | {"PYTHONPATH": str(interpreters.SOURCE)}
     process = subprocess.Popen(
         [*COMMAND, *words], pass_fds=[theirs.fileno()], env=environment, stderr=subprocess.PIPE
@@ -217,7 +217,7 @@ def test_calls_of_other_processes_are_not_recorded(path: str, image: Path, tmp_p
     result = run(*disk(path, image), "--trace", str(trace))
     assert result.status == 2
     assert one_line(result.errors) == (
-        f"--trace {trace}: calls are not recorded in other processes (leave --processes away)"
+        f"--trace {trace}: it does not reach other processes (leave --processes away)"
     )
     assert not trace.exists()
 

@@ -281,7 +281,9 @@ def test_t12_a_region_is_added_and_removed_again(served: ServedDisk, front: Fron
     os.close(extra)
 
 
-def test_t12_memory_without_the_rings_fails_the_device_with_one_line(served: ServedDisk, front: FrontEnd) -> None:
+def test_t12_memory_without_the_rings_fails_the_device_with_one_line(
+    served: ServedDisk, front: FrontEnd
+) -> None:
     started(front)
     front.set(abi.VHOST_USER_SET_MEM_TABLE, table(region(0, MEMORY, 0)), [front.memory_fd])
     assert "no memory region holds the front-end's address" in served.report()
@@ -292,7 +294,9 @@ def test_t12_memory_without_the_rings_fails_the_device_with_one_line(served: Ser
     works(front)
 
 
-def test_memory_that_cannot_be_mapped_is_refused_and_the_old_one_stays(served: ServedDisk, front: FrontEnd) -> None:
+def test_memory_that_cannot_be_mapped_is_refused_and_the_old_one_stays(
+    served: ServedDisk, front: FrontEnd
+) -> None:
     rings = started(front)
     short = memfd("short", 0x1000)
     assert front.try_set(abi.VHOST_USER_SET_MEM_TABLE, table(region()), [short]) == 1
@@ -401,7 +405,9 @@ def test_rings_that_break_at_the_same_time_are_one_failure(served: ServedDisk, f
         front.forget_rings()
 
 
-def test_a_failure_and_a_reset_at_the_same_time_are_a_device_that_works(served: ServedDisk, front: FrontEnd) -> None:
+def test_a_failure_and_a_reset_at_the_same_time_are_a_device_that_works(
+    served: ServedDisk, front: FrontEnd
+) -> None:
     for _ in range(20):
         ring = front.start(1)
         spoil(ring)
@@ -434,7 +440,8 @@ def test_a_process_that_is_killed_ends_the_connection_with_one_line_and_the_next
         with served.front() as front:
             works(front)
             now = served.children
-            assert [old == new for old, new in zip(before, now)] == [number != index for number in range(QUEUES)]
+            kept = [old == new for old, new in zip(before, now)]
+            assert kept == [number != index for number in range(QUEUES)]
 
 
 def test_a_process_that_is_killed_while_nobody_is_there_is_replaced(served: ServedDisk) -> None:
@@ -590,7 +597,10 @@ def busy(front: FrontEnd) -> None:
             ask(ring, blk.VIRTIO_BLK_T_IN, token, room=SECTOR, token=token)
 
 
-@pytest.mark.parametrize("state_", [idle, disconnected, inside_a_header, asleep, busy], ids=lambda made: made.__name__)
+STATES = [idle, disconnected, inside_a_header, asleep, busy]
+
+
+@pytest.mark.parametrize("state_", STATES, ids=lambda state: state.__name__)
 def test_a_server_and_its_processes_stop_promptly_whatever_they_do(
     served: ServedDisk, state_: Callable[[FrontEnd], None]
 ) -> None:

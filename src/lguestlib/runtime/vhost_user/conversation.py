@@ -219,7 +219,7 @@ class Conversation:
             self._served.popitem()[1].ring.stop()
 
     def _fail(self, index: int, reason: str) -> None:
-        """The device stops working because of ring *index*, until it is reset, or all its rings have been stopped."""
+        """Ring *index* stops the device, until it is reset, or all its rings have been stopped."""
         with self._lock:
             if self._failed:
                 return

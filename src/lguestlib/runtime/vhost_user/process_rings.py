@@ -70,7 +70,10 @@ class QueueProcess:
         self._process = process
 
     def ask(self, order: Order, fds: Sequence[int] = ()) -> bytes | None:
-        """Have *order* followed; its answer, or None where the process has ended.  Any thread but its own may."""
+        """Have *order* followed; its answer, or None where the process has ended.
+
+        Any thread may, but the one that tells of a failure.
+        """
         with self._asking:
             try:
                 socket.send_fds(self._control, [order.value], fds)

@@ -32,7 +32,10 @@ class Rings(Protocol):
     """Serves the rings of one conversation.  Any of this may raise `RingsLost`."""
 
     def open(self, on_lost: Callable[[], None]) -> None:
-        """The conversation begins; *on_lost* is called, on whatever thread, when `RingsLost` is all there is left."""
+        """The conversation begins.
+
+        *on_lost* is called, on whatever thread, when `RingsLost` is all there is left.
+        """
 
     def take(self, effect: MapMemory | MapLog | MapInflight, message: Message) -> None:
         """Have this, which *message* has brought, from now on; what it replaces is there until `let_go`.

@@ -145,8 +145,9 @@ class Serving:
             device = attachment.device(number)
             _withhold(device, served.without)
             processes = None
-            if served.processes and isinstance(served.device, DiskImage) and isinstance(attachment, DiskAttachment):
-                processes = _processes(device, served.device, attachment.disk.fd, served.poll, self._say)
+            image = served.device
+            if served.processes and isinstance(image, DiskImage) and isinstance(attachment, DiskAttachment):
+                processes = _processes(device, image, attachment.disk.fd, served.poll, self._say)
                 opened.callback(processes.close)
             server = Server(
                 device, connection, self._say, self._tracer, self._server_ended, processes, served.poll

@@ -123,8 +123,9 @@ Effect = MapMemory | Arrange | StopQueue | Reset | MapLog | NewInflight | MapInf
 class QueueSetup:
     """A ring to be served: where, from which avail index, with which features and descriptors.
 
-    *addresses*: where that is for the front-end; *log_used*: where its used ring is logged; *generation* counts changes of
-    what else it depends on: memory, the log, the record of requests in flight.
+    *addresses*: where that is for the front-end; *log_used*: where its used ring
+    is logged; *generation* counts changes of what else it depends on: memory, the
+    log, the record of requests in flight.
     """
 
     layout: QueueLayout

@@ -204,7 +204,10 @@ class Requests:
         return self._command(abi.VHOST_USER_RESET_DEVICE)
 
     def passed_on(self, message: Message) -> Request[None]:
-        """What another front-end has asked, with its descriptors; of what is answered with a number, or not at all."""
+        """What another front-end has asked, with its descriptors.
+
+        Of what has no answer of its own, or 0 (SET_LOG_BASE).
+        """
         return self._command(message.request, message.payload, message.fds)
 
     def heard(self, message: Message) -> tuple[bool, Message | None]:
