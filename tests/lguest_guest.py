@@ -1,7 +1,7 @@
 """A guest for `lguest_double`: Linux's lguest bus driver and virtio drivers, as scripts.
 
 From arch/x86/lguest/boot.c, drivers/lguest/lguest_device.c, drivers/virtio/virtio_ring.c
-and the four drivers of Linux 2.6.33 and 3.11, as far as a launcher can tell.  It reads
+and the four drivers of Linux 2.6.33, 3.0 and 3.11, as far as a launcher can tell.  It reads
 the device page with formats of its own, and finds a launcher's faults by failed assertions.
 """
 
@@ -46,7 +46,7 @@ class Release:
     """What releases of Linux differ in."""
 
     notifies_every_status: bool
-    """Whether the launcher is told of each status, and not of the features, which come after DRIVER."""
+    """Before 3.1 the launcher is told of each status, and not of the features, which come after DRIVER."""
     ring_features: int
     net_features: int
     block_features: int
@@ -60,6 +60,7 @@ _NET = (
 _BLOCK = BLK_SEG_MAX | BLK_SIZE_MAX | BLK_GEOMETRY | BLK_RO | BLK_BLK_SIZE | BLK_SCSI | BLK_FLUSH
 
 LINUX_2_6_33 = Release(True, INDIRECT_DESC, _NET | NOTIFY_ON_EMPTY, _BLOCK | BLK_BARRIER)
+LINUX_3_0 = Release(True, INDIRECT_DESC | EVENT_IDX, _NET, _BLOCK)
 LINUX_3_11 = Release(False, INDIRECT_DESC | EVENT_IDX, _NET, _BLOCK)
 
 
@@ -527,7 +528,7 @@ class BlockDriver(Driver):
 
 
 class NetDriver(Driver):
-    """virtio_net: mergeable buffers, or big or small ones behind a header of ten bytes in a buffer of its own."""
+    """virtio_net: mergeable buffers, or big or small ones behind a header in a buffer of its own."""
 
     withheld = 0
     """Features that this one does not know."""

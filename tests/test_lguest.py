@@ -9,6 +9,7 @@ from random import Random
 import pytest
 from lguest_double import PAGE_SIZE, GuestCpu, GuestProgram, LguestDouble
 from lguest_guest import (
+    ACKNOWLEDGE,
     BARRIER,
     BLK_BARRIER,
     BLK_FLUSH,
@@ -20,6 +21,7 @@ from lguest_guest import (
     FLUSH,
     INDIRECT_DESC,
     LINUX_2_6_33,
+    LINUX_3_0,
     LINUX_3_11,
     NET,
     NET_GUEST_TSO4,
@@ -60,7 +62,9 @@ SECTORS = 256
 MAC, GUEST, GATEWAY = bytes.fromhex("0200c0a81302"), bytes([192, 168, 19, 2]), bytes([192, 168, 19, 1])
 PATIENCE = 60.0
 
-releases = pytest.mark.parametrize("release", [LINUX_2_6_33, LINUX_3_11], ids=["2.6.33", "3.11"])
+releases = pytest.mark.parametrize(
+    "release", [LINUX_2_6_33, LINUX_3_0, LINUX_3_11], ids=["2.6.33", "3.0", "3.11"]
+)
 
 
 class Line:
@@ -211,7 +215,7 @@ def test_every_device_serves_linux(host: Host, release: Release) -> None:
 def test_features_are_what_the_driver_knows(host: Host, release: Release) -> None:
     def steps(linux: Linux) -> None:
         disk = use_block(linux)
-        assert bool(disk.device.features & EVENT_IDX) == (release is LINUX_3_11)
+        assert bool(disk.device.features & EVENT_IDX) == (release is not LINUX_2_6_33)
         assert bool(disk.device.features & BLK_BARRIER) == (release is LINUX_2_6_33)
         assert disk.device.features & INDIRECT_DESC
 
@@ -509,6 +513,7 @@ def test_what_a_guest_does_wrong_is_that_devices_misfortune(
         rng = linux.of_type(RNG)
         rng.reset()
         rng.del_vqs()
+        rng.add_status(ACKNOWLEDGE)
         use_rng(linux)
 
     host.line.type(b"world\n")

@@ -6,10 +6,10 @@ the features it accepts there, in memory of its own, which is read once for each
 That it has, and that there is work in a queue, it tells by notifying a guest-physical
 address; `LguestBus.notify` says what of.
 
-A device is started when its driver says so, or by a first kick.  Kernels from
-2.6.39 on notify the status once their driver has accepted features, as
-ACKNOWLEDGE and DRIVER, and use the device at once; those before notify every change
-of it, ACKNOWLEDGE first, and features are accepted only after that to DRIVER (T21).
+A device is started when its driver says so, or by a first kick.  Kernels from 3.1
+on notify the status once their driver has accepted features, as ACKNOWLEDGE and
+DRIVER, and use the device at once; those before notify every change of it,
+ACKNOWLEDGE first, and features are accepted only after that to DRIVER (T21).
 """
 
 from collections.abc import Sequence
@@ -105,7 +105,7 @@ class LguestTransport:
         self.started = False
         """Whether it has been, since its last reset."""
         self._memory = memory
-        # A kernel before 2.6.39, which will notify DRIVER_OK too.
+        # A kernel before 3.1, which will notify DRIVER_OK too.
         self._tells_all = False
         self._feature_size = -(-self.offered.bit_length() // 8)
         self._config_size = min(len(device.config()), _LENGTH_MAX)

@@ -14,7 +14,7 @@ class FirstKick:
     """Waits for one of *kicks*, on a thread of its own, and calls the thread *guest* out of its sleep then.
 
     For a device that a first kick starts, when what took its kicks before still does:
-    a kernel before 2.6.39 has unbound its driver and binds it again.  The calling goes on
+    a kernel before 3.1 has unbound its driver and binds it again.  The calling goes on
     until `end`.
     """
 
