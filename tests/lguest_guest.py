@@ -32,7 +32,7 @@ BIG_PAGES = 18
 BLOCK_ROOM = 1 << 17
 """Bytes that one request of the disk's driver transfers at most."""
 
-PATIENCE = 5.0
+PATIENCE = 20.0
 """Seconds after which what the guest waits for will not come."""
 
 NEXT, WRITABLE, INDIRECT = 1, 2, 4
