@@ -18,10 +18,11 @@ from lguestlib.runtime.queue_thread import QueueThread
 from lguestlib.runtime.trace import Tracer
 from lguestlib.virtio.chain import part
 from lguestlib.virtio.device import Queue
+from lguestlib.virtio.device_queue import new_device_queue
+from lguestlib.virtio.driver_queue import DriverQueue, new_driver_queue
 from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import QueueLayout
-from lguestlib.virtio.split_device import SplitDeviceQueue
-from lguestlib.virtio.split_driver import Buffer, SplitDriverQueue
+from lguestlib.virtio.split_driver import Buffer
 
 FEATURES = int(Feature.VERSION_1 | Feature.RING_EVENT_IDX | Feature.RING_INDIRECT_DESC)
 BUFFERS_AT = 0x10_0000
@@ -80,7 +81,7 @@ class Rig:
         self.memory = GuestMemory.anonymous(16 << 20)
         self.layout = QueueLayout.contiguous(0, size, GuestAddress(0x1000))
         self.features = features
-        self.driver: SplitDriverQueue[int] = SplitDriverQueue(self.layout, self.memory, features)
+        self.driver: DriverQueue[int] = new_driver_queue(self.layout, self.memory, features)
         self.tracer = tracer or Tracer()
         self.kick = EventfdKick(tracer=tracer)
         self.interrupt = EventfdInterrupt(lambda: None, tracer=tracer)
@@ -89,7 +90,7 @@ class Rig:
         self._queue = queue
         self._poll = poll
         self._on_failure = on_failure or self._failed
-        self.ring = SplitDeviceQueue(self.layout, self.memory, features)
+        self.ring = new_device_queue(self.layout, self.memory, features)
         self.thread = self._new_thread()
 
     def _new_thread(self) -> QueueThread:
@@ -100,7 +101,7 @@ class Rig:
 
     def renew(self) -> None:
         """A new thread, to go on where the stopped one was."""
-        self.ring = SplitDeviceQueue(self.layout, self.memory, self.features, self.ring.next_available)
+        self.ring = new_device_queue(self.layout, self.memory, self.features, self.ring.state)
         self.thread = self._new_thread()
 
     def _failed(self, thread: QueueThread, error: Exception) -> None:

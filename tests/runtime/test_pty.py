@@ -226,7 +226,7 @@ def test_the_output_queues_thread_is_stopped_in_time_while_the_line_is_full(
         rig.thread.stop()
         assert time.monotonic() - start < STOP_SECONDS
         assert rig.failures == [] and 0 < rig.counters.chains < 60
-        assert len(rig.driver.reap()) == rig.counters.chains == rig.ring.next_available
+        assert len(rig.driver.reap()) == rig.counters.chains == rig.ring.state.available
 
 
 def test_a_guest_that_nobody_listens_to_goes_on(line: Pty, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,8 +24,10 @@ from lguestlib.runtime.trace import Tracer
 from lguestlib.virtio import errors
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Queue, SourceEnded
+from lguestlib.virtio.device_queue import new_device_queue
 from lguestlib.virtio.features import Feature
-from lguestlib.virtio.layout import QueueLayout
+from lguestlib.virtio.layout import QueueLayout, RingIndex
+from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.split_device import SplitDeviceQueue
 from lguestlib.virtio.split_driver import Buffer, SplitDriverQueue
 
@@ -216,7 +218,7 @@ def test_a_service_that_fails_ends_the_thread_and_what_was_served_is_returned() 
         eventually(lambda: bool(rig.failures), "the failure")
         assert str(rig.failures[0]) == "broken device"
         assert [token for token, _ in rig.collect(2)] == [0, 1]
-        assert rig.ring.next_available == 2
+        assert rig.ring.state.available == 2
 
 
 def test_a_device_that_claims_to_have_written_more_than_there_is_room_for_fails() -> None:
@@ -236,7 +238,7 @@ def test_a_source_that_has_ended_leaves_the_chain_with_the_driver_and_the_thread
     with Rig(Queue("q", ended, from_outside=True)) as rig:
         rig.submit(0, readable=0, writable=64)
         rig.start()
-        eventually(lambda: rig.ring.next_available == 0, "the chain's return")
+        eventually(lambda: rig.ring.state.available == 0, "the chain's return")
         rig.submit(1, readable=0, writable=64)
         time.sleep(0.02)
         assert (rig.failures, rig.driver.reap(), rig.counters.chains) == ([], [], 0)
@@ -300,7 +302,7 @@ def test_stopping_takes_under_100_ms_and_leaves_what_was_not_done_with_the_drive
         stop_in_time(rig)
         done = [token for token, _ in rig.driver.reap()]
         assert done == list(range(rig.counters.chains))
-        assert rig.ring.next_available == len(done) < 20
+        assert rig.ring.state.available == len(done) < 20
         assert rig.failures == []
 
 
@@ -506,7 +508,7 @@ def test_t12_chains_held_for_merging_are_the_drivers_again_when_the_change_is_ma
             return 1
 
     def change(ends: QueueEnds) -> QueueEnds:
-        indices.append(ends.ring.next_available)
+        indices.append(ends.ring.state.available)
         return ends
 
     indices: list[int] = []
@@ -565,7 +567,7 @@ def test_y4_when_the_change_is_made_nothing_holds_the_old_memory_any_more() -> N
         old, memory = memory, mapped()
 
         def change(ends: QueueEnds, memory: GuestMemory = memory) -> QueueEnds:
-            return ends._replace(ring=SplitDeviceQueue(layout, memory, PLAIN, ends.ring.next_available))
+            return ends._replace(ring=new_device_queue(layout, memory, PLAIN, ends.ring.state))
 
         assert thread.exchange(change)
         old.close()
@@ -596,7 +598,7 @@ def test_a_change_that_fails_fails_the_queue_and_leaves_its_ring_to_be_stopped()
         assert [type(failure) for failure in rig.failures] == [errors.QueueLayoutError]
         assert rig.counters.errors == 1
         assert not exchange_in_time(rig, same)
-        assert rig.thread.stop() == 1
+        assert rig.thread.stop() == QueueState(1)
 
 
 def test_a_change_and_a_stop_at_the_same_time_leave_it_made_or_not_and_the_thread_ended() -> None:
@@ -684,7 +686,7 @@ def test_t12_the_ring_before_is_released_when_the_change_is_made() -> None:
 
     def change(ends: QueueEnds) -> QueueEnds:
         kind = SplitDeviceQueue if isinstance(ends.ring, Slow) else Slow
-        rig.ring = kind(rig.layout, rig.memory, rig.features, ends.ring.next_available)
+        rig.ring = kind(rig.layout, rig.memory, rig.features, RingIndex(ends.ring.state.available))
         return ends._replace(ring=rig.ring)
 
     with Rig(Queue("q", taking)) as rig:

@@ -28,9 +28,9 @@ from lguestlib.runtime.transfer_thread import ALONE, AT_ONCE, TransferThread
 from lguestlib.virtio import errors
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Queue
+from lguestlib.virtio.device_queue import new_device_queue
 from lguestlib.virtio.devices.block import SECTOR, Block
 from lguestlib.virtio.features import Feature
-from lguestlib.virtio.split_device import SplitDeviceQueue
 from lguestlib.virtio.split_driver import Buffer
 from lguestlib.virtio.transfer import Operation, Transfer, Transfers
 
@@ -347,7 +347,7 @@ def test_stopping_waits_for_what_is_in_flight_and_returns_it(line: Line) -> None
         stopped.join(PATIENCE)
         assert not stopped.is_alive()
         assert sorted(rig.driver.reap()) == [(0, 8), (1, 8), (2, 8)]
-        assert rig.ring.next_available == 3 and rig.failures == []
+        assert rig.ring.state.available == 3 and rig.failures == []
 
 
 @pytest.mark.parametrize("after", [0, 1, ALONE + 2])
@@ -466,7 +466,7 @@ def test_a_device_that_fails_to_begin_leaves_the_chain_with_the_driver(line: Lin
         eventually(lambda: bool(rig.failures), "the failure")
         assert str(rig.failures[0]) == "broken device"
         assert tokens(rig.driver.reap()) == [0]
-        assert rig.ring.next_available == 1
+        assert rig.ring.state.available == 1
 
 
 def test_a_device_that_fails_to_finish_fails_and_the_kernel_is_done_with_all(line: Line) -> None:
@@ -568,7 +568,7 @@ def test_t12_another_ring_is_taken_under_load(line: Line) -> None:
         back: list[int] = []
 
         def change(ends: QueueEnds) -> QueueEnds:
-            again = SplitDeviceQueue(rig.layout, rig.memory, rig.features, ends.ring.next_available)
+            again = new_device_queue(rig.layout, rig.memory, rig.features, ends.ring.state)
             return QueueEnds(again, ends.kick, ends.interrupt)
 
         while len(back) < total:

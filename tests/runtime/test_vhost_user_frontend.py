@@ -27,7 +27,8 @@ from lguestlib.runtime.vhost_user.server import Server
 from lguestlib.virtio.device import RING_FEATURES
 from lguestlib.virtio.devices.entropy import Entropy
 from lguestlib.virtio.errors import QueueLayoutError
-from lguestlib.virtio.layout import QueueLayout, RingIndex
+from lguestlib.virtio.layout import QueueLayout
+from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.vhost_user.frontend import PROTOCOL_FEATURES
 from lguestlib.virtio.vhost_user.message import Message
 
@@ -140,7 +141,7 @@ def test_a_ring_is_set_up_at_the_addresses_of_this_process(
     with connected(backend) as front_end:
         front_end.share(memory, int(RING_FEATURES))
         before = len(backend.received)
-        front_end.start_queue(layout, kick, call, RingIndex(7))
+        front_end.start_queue(layout, kick, call, QueueState(7))
         messages = backend.received[before:]
         assert [message.name for message in messages] == [*RING, "SET_VRING_ENABLE", "GET_FEATURES"]
         low, high = (region.host_address for region in memory.regions)
@@ -201,7 +202,7 @@ def test_t9_a_stopped_ring_is_drained_though_the_back_end_answers_before(
         timer = threading.Timer(0.05, used, (memory, 3))
         timer.start()
         start = time.monotonic()
-        assert front_end.stop_queue(LAYOUT) == 3
+        assert front_end.stop_queue(LAYOUT) == QueueState(3)
         assert 0.04 < time.monotonic() - start < SECONDS
         timer.join()
 
@@ -225,7 +226,7 @@ def test_a_ring_is_stopped_when_all_that_is_available_is_served_or_the_time_is_o
         timer = threading.Timer(0.05, used, (memory, 2 if served else 1))
         timer.start()
         start = time.monotonic()
-        assert front_end.stop_queue(LAYOUT, finish=True) == 2
+        assert front_end.stop_queue(LAYOUT, finish=True) == QueueState(2)
         timer.join()
         assert 0.04 < stopped[0] - start < SECONDS if served else stopped[0] - start >= SECONDS
 

@@ -6,7 +6,9 @@ from lguestlib.virtio.features import Feature
 
 def test_the_bits_are_the_specifications() -> None:
     bits = {feature.name: feature.bit_length() - 1 for feature in Feature}
-    assert bits == {"NOTIFY_ON_EMPTY": 24, "RING_INDIRECT_DESC": 28, "RING_EVENT_IDX": 29, "VERSION_1": 32}
+    assert bits == {
+        "NOTIFY_ON_EMPTY": 24, "RING_INDIRECT_DESC": 28, "RING_EVENT_IDX": 29, "VERSION_1": 32, "RING_PACKED": 34,
+    }  # fmt: skip
 
 
 def test_what_every_device_offers_is_what_the_ring_can_do() -> None:

@@ -16,7 +16,8 @@ from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Device, Queue
 from lguestlib.virtio.features import Feature
 from lguestlib.virtio.inflight import area_size
-from lguestlib.virtio.layout import QueueLayout, RingIndex
+from lguestlib.virtio.layout import QueueLayout
+from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.status import Status
 from lguestlib.virtio.vhost_user.backend import (
     OFFERED,
@@ -117,8 +118,6 @@ class Talk:
             self.effects.append(effect)
             if isinstance(effect, NewInflight):
                 (result,) = self.new(1)
-            elif isinstance(effect, StopQueue):
-                result = backend.rings[effect.index].base
         discarded, backend.discarded = backend.discarded, []
         self._close(discarded)
         if self.fail and isinstance(effect, NewInflight):
@@ -425,7 +424,7 @@ def test_t8_a_ring_is_served_once_all_is_told_whatever_comes_last(order: Sequenc
     for step in order:
         assert talk.setup() is None
         STEPS[step](talk)
-    assert talk.setup() == QueueSetup(LAYOUT, ADDRESSES, RingIndex(0), FEATURES, 101, -1, None, 1)
+    assert talk.setup() == QueueSetup(LAYOUT, ADDRESSES, QueueState(0), FEATURES, 101, -1, None, 1)
     assert isinstance(talk.effects[0], Arrange) and 0 in talk.effects[0].indices
     talk.end()
 
@@ -441,7 +440,7 @@ def test_a_ring_that_is_not_complete_is_not_served() -> None:
 
 def test_t9_get_vring_base_stops_the_ring_and_answers_where_to_go_on() -> None:
     talk = running()
-    talk.backend.rings[0].base = 7
+    talk.backend.rings[0].base = QueueState(7)
     before = talk.setup()
     assert before is not None
     effect = talk.backend.receive(Message(abi.VHOST_USER_GET_VRING_BASE, state(0)))
@@ -449,14 +448,15 @@ def test_t9_get_vring_base_stops_the_ring_and_answers_where_to_go_on() -> None:
     # Until the owner has stopped the ring, its descriptors are open.
     assert talk.backend.discarded == [before.kick]
     assert talk.setup() is None
-    reply = talk.backend.finish(0xFFFE)
+    talk.backend.stopped(0, QueueState(0xFFFE))
+    reply = talk.backend.finish()
     assert reply == Message(abi.VHOST_USER_GET_VRING_BASE, state(0, 0xFFFE), flags=REPLY)
     # It is not a reset: a new kick is enough.
     talk.send(abi.VHOST_USER_SET_VRING_KICK, u64(0), 1)
     after = talk.setup()
     assert after is not None
     assert (after.base, after.layout, after.call, after.features) == (
-        0xFFFE, before.layout, before.call, before.features,
+        QueueState(0xFFFE), before.layout, before.call, before.features,
     )  # fmt: skip
     talk.end()
 
@@ -465,10 +465,10 @@ def test_t9_a_ring_stopped_by_its_owner_goes_on_from_there() -> None:
     talk = running()
     talk.send(abi.VHOST_USER_SET_VRING_ENABLE, state(0, 0))
     assert talk.setup() is None
-    talk.backend.stopped(0, RingIndex(5))
+    talk.backend.stopped(0, QueueState(5))
     talk.send(abi.VHOST_USER_SET_VRING_ENABLE, state(0, 1))
     setup = talk.setup()
-    assert setup is not None and setup.base == 5
+    assert setup is not None and setup.base == QueueState(5)
 
 
 def test_get_vring_base_of_a_ring_that_never_ran_is_what_was_set() -> None:
@@ -517,7 +517,7 @@ def test_t15_a_base_of_more_than_16_bits_is_refused(base: int) -> None:
     assert "no 16-bit index" in fresh().refused(abi.VHOST_USER_SET_VRING_BASE, state(0, base))
     talk = fresh()
     talk.send(abi.VHOST_USER_SET_VRING_BASE, state(0, 0xFFFF))
-    assert talk.backend.rings[0].base == 0xFFFF
+    assert talk.backend.rings[0].base == QueueState(0xFFFF)
 
 
 @pytest.mark.parametrize(
@@ -887,7 +887,7 @@ def test_a_reset_forgets_the_rings_and_keeps_memory_protocol_and_who_is_to_be_to
     assert talk.setup() is None
     talk.send(abi.VHOST_USER_SET_VRING_ENABLE, state(0, 1))
     after = talk.setup()
-    assert after is not None and (after.call, after.base) == (before.call, 0)
+    assert after is not None and (after.call, after.base) == (before.call, QueueState(0))
     assert talk.backend.rings[0].error == error
     talk.end()
 

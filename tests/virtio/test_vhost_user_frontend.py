@@ -9,7 +9,7 @@ from virtio.toy import Toy
 
 from lguestlib.abi import vhost_user as abi
 from lguestlib.memory.address import GuestAddress, UserAddress
-from lguestlib.virtio.layout import RingIndex
+from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.vhost_user.backend import BackEnd
 from lguestlib.virtio.vhost_user.frontend import (
     PROTOCOL_FEATURES,
@@ -53,7 +53,7 @@ COMMANDS: list[tuple[Make, int, bytes, tuple[int, ...]]] = [
         lambda requests: requests.set_vring_addr(1, ADDRESSES, GuestAddress(0x40)), 9,
         struct.pack("<II4Q", 1, 1, 0x10, 0x30, 0x20, 0x40), (),
     ),
-    (lambda requests: requests.set_vring_base(1, RingIndex(7)), 10, struct.pack("<II", 1, 7), ()),
+    (lambda requests: requests.set_vring_base(1, QueueState(7)), 10, struct.pack("<II", 1, 7), ()),
     (lambda requests: requests.set_vring_kick(1, 4), 12, struct.pack("<Q", 1), (4,)),
     (lambda requests: requests.set_vring_call(1, 5), 13, struct.pack("<Q", 1), (5,)),
     (lambda requests: requests.set_vring_call(1, -1), 13, struct.pack("<Q", 0x101), ()),
@@ -160,7 +160,7 @@ def test_numbers_are_decoded() -> None:
     offered = struct.pack("<Q", 1 << 32 | PROTOCOL_FEATURES)
     assert requests.get_features().answer(reply(1, offered)) == 1 << 32 | PROTOCOL_FEATURES
     assert requests.get_queue_num().answer(reply(17, struct.pack("<Q", 4))) == 4
-    assert requests.get_vring_base(3).answer(reply(11, struct.pack("<II", 3, 0xFFFF))) == 0xFFFF
+    assert requests.get_vring_base(3).answer(reply(11, struct.pack("<II", 3, 0xFFFF))) == QueueState(0xFFFF)
     config = struct.pack("<III", 4, 8, 0) + b"settings"
     assert requests.get_config(4, 8).answer(reply(24, config)) == b"settings"
 
@@ -290,7 +290,7 @@ def test_our_own_back_end_understands_every_request() -> None:
     ask(requests.set_mem_table([REGION], [100]))
     place = RingAddresses(REGION.user, UserAddress(REGION.user + 0x800), UserAddress(REGION.user + 0x1000))
     ask(requests.set_vring_num(0, 8))
-    ask(requests.set_vring_base(0, RingIndex(5)))
+    ask(requests.set_vring_base(0, QueueState(5)))
     ask(requests.set_vring_addr(0, place))
     ask(requests.set_vring_err(0, 101))
     ask(requests.set_vring_call(0, 102))
@@ -298,13 +298,15 @@ def test_our_own_back_end_understands_every_request() -> None:
     assert backend.setup(0) is None
     ask(requests.set_vring_enable(0, True))
     setup = backend.setup(0)
-    assert setup and (setup.kick, setup.call, setup.base, setup.layout.size) == (103, 102, 5, 8)
+    assert setup and (setup.kick, setup.call, setup.base, setup.layout.size) == (
+        103, 102, QueueState(5), 8,
+    )  # fmt: skip
     assert (setup.layout.descriptors, setup.layout.available, setup.layout.used) == (0x1000, 0x1800, 0x2000)
     assert ask(requests.get_config(0, 4)) == Toy().config()[:4].ljust(4, b"\0")
     ask(requests.set_config(0, b"\1"))
     ask(requests.set_backend_req_fd(104))
     assert backend.channel == 104
-    assert ask(requests.get_vring_base(0)) == 0
+    assert ask(requests.get_vring_base(0)) == QueueState(5)
     assert backend.setup(0) is None
     ask(requests.reset_device())
     assert backend.features == 0

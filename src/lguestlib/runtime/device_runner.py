@@ -14,6 +14,7 @@ from lguestlib.runtime.queue_thread import QueueThread
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.transfer_thread import TransferThread
 from lguestlib.virtio.device import Device
+from lguestlib.virtio.device_queue import new_device_queue
 from lguestlib.virtio.effects import (
     DriverFailed,
     DriverNear,
@@ -26,7 +27,6 @@ from lguestlib.virtio.effects import (
 )
 from lguestlib.virtio.errors import VirtioError
 from lguestlib.virtio.layout import QueueLayout
-from lguestlib.virtio.split_device import SplitDeviceQueue
 from lguestlib.virtio.status import Status
 
 _FINISH_LOOK_SECONDS = 0.05
@@ -132,7 +132,7 @@ class DeviceRunner:
         index = layout.index
         queue = self.queues[index]
         try:
-            ring = SplitDeviceQueue(layout, self._memory, self._transport.features)
+            ring = new_device_queue(layout, self._memory, self._transport.features)
         except VirtioError as error:
             self._fail(f"{self.device.name} {queue.name}", error)
             return

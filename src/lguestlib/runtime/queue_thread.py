@@ -15,8 +15,8 @@ from lguestlib.runtime.kick import Kick
 from lguestlib.runtime.polling import AdaptivePoll
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Queue, SourceEnded
-from lguestlib.virtio.layout import RingIndex
-from lguestlib.virtio.split_device import SplitDeviceQueue
+from lguestlib.virtio.device_queue import DeviceQueue
+from lguestlib.virtio.queue_state import QueueState
 
 AT_ONCE = 32
 """Chains taken, served and returned before the driver is told, at most; and no more than half of what it has out."""
@@ -28,7 +28,7 @@ MERGED_AT_ONCE = 16
 class QueueEnds(NamedTuple):
     """What a queue's thread works on: its ring, and its ways to be woken and to interrupt."""
 
-    ring: SplitDeviceQueue
+    ring: DeviceQueue
     kick: Kick
     interrupt: Interrupt
 
@@ -47,7 +47,7 @@ class QueueThread:
         self,
         name: str,
         queue: Queue,
-        ring: SplitDeviceQueue,
+        ring: DeviceQueue,
         kick: Kick,
         interrupt: Interrupt,
         counters: QueueCounters,
@@ -98,17 +98,17 @@ class QueueThread:
         self._thread.join(seconds)
         return not self._thread.is_alive()
 
-    def stop(self) -> RingIndex:
-        """Stop the thread; return when it has let go of the ring, with the avail index to go on from.
+    def stop(self) -> QueueState:
+        """Stop the thread; return when it has let go of the ring, with the state to go on from.
 
         What it has begun is finished and returned to the driver; what it has not
         goes back to the available ring.
         """
         self.request_stop()
         end_thread(self._thread, self._unblock)
-        next_available = self._ring.next_available
+        state = self._ring.state
         self._ring.release()
-        return next_available
+        return state
 
     def exchange(self, change: Callable[[QueueEnds], QueueEnds]) -> bool:
         """Let *change*, on the queue's thread and between two chains, tell what to go on with (T10, T12).

@@ -15,7 +15,8 @@ from lguestlib.runtime.polling import AdaptivePoll
 from lguestlib.runtime.queue_thread import QueueThread
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Queue
-from lguestlib.virtio.split_device import BATCH, SplitDeviceQueue
+from lguestlib.virtio.device_queue import DeviceQueue
+from lguestlib.virtio.split_device import BATCH
 from lguestlib.virtio.transfer import Operation, Transfer
 
 AT_ONCE = 8
@@ -53,7 +54,7 @@ class TransferThread(QueueThread):
         self,
         name: str,
         queue: Queue,
-        ring: SplitDeviceQueue,
+        ring: DeviceQueue,
         kick: Kick,
         interrupt: Interrupt,
         counters: QueueCounters,

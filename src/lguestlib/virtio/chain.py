@@ -4,7 +4,7 @@
 chains that are plainly good; whatever a short cut does not take, `walk` judges.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from struct import Struct
 
 from lguestlib.abi.virtio_ring import VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE
@@ -32,11 +32,12 @@ class Chain:
 
     __slots__ = (
         "head", "readable", "writable", "readable_length", "writable_length", "written", "in_flight",
-        "offset", "row", "one", "three",
+        "offset", "row", "one", "three", "slots",
     )  # fmt: skip
 
     def __init__(self, head: DescriptorIndex) -> None:
         self.head = head
+        """Its first descriptor's index; in a packed ring, its buffer ID."""
         self.readable: Buffers = ()
         """Device-readable buffers, in order, none of them empty."""
         self.writable: Buffers = ()
@@ -57,6 +58,8 @@ class Chain:
         """Bytes from the descriptor table's start to the first descriptor."""
         self.row = VRING_DESC_F_NEXT | head + 1 << 16
         """Flags and next, as one word, of a readable first descriptor that its neighbour follows."""
+        self.slots = 1
+        """Descriptors of a packed ring that it took, and that its return passes over."""
 
     def read(self, limit: int = 65536) -> bytes:
         """A copy of the readable bytes, or of their first *limit*."""
@@ -101,11 +104,21 @@ def walk(
     used (S18).  *indirect* tells whether VIRTIO_F_INDIRECT_DESC was negotiated.
     Raises the ChainErrors of virtio 1.3, 2.7.4.2 and 2.7.5.
     """
+    return gather(queue, head, _descriptors(queue, head, table, size, memory, indirect), memory)
+
+
+def gather(
+    queue: int, head: DescriptorIndex, segments: Iterable[tuple[int, int, int]], memory: MemoryViews
+) -> tuple[list[memoryview], list[memoryview], int, int]:
+    """As `walk`, of buffers that are told one after another: address, length and flags (S13 to S17).
+
+    virtio 1.3, 2.7.4.2 and 2.7.5.2; what holds of them holds in both kinds of ring.
+    """
     readable: list[memoryview] = []
     writable: list[memoryview] = []
     lengths = [0, 0]
     writing = False
-    for address, length, flags in _descriptors(queue, head, table, size, memory, indirect):
+    for address, length, flags in segments:
         write = bool(flags & VRING_DESC_F_WRITE)
         if writing and not write:
             raise errors.ReadableAfterWritable(queue, head)
@@ -118,6 +131,18 @@ def walk(
         except AddressError:
             raise errors.BadAddress(queue, head, address, length) from None
     return readable, writable, lengths[0], lengths[1]
+
+
+def indirect_table(
+    queue: int, head: DescriptorIndex, address: int, length: int, memory: MemoryViews
+) -> bytes:
+    """A copy of the indirect table there.  Raises IndirectLength, BadAddress (S9, S11, S12)."""
+    if not length or length % DESCRIPTOR.size or length // DESCRIPTOR.size > INDIRECT_MAX:
+        raise errors.IndirectLength(queue, head, length)
+    try:
+        return b"".join(memory.slices(GuestAddress(address), length))
+    except AddressError:
+        raise errors.BadAddress(queue, head, address, length) from None
 
 
 def _descriptors(
@@ -139,12 +164,7 @@ def _descriptors(
                 raise errors.NestedIndirect(queue, head)
             if flags & VRING_DESC_F_NEXT:
                 raise errors.IndirectWithNext(queue, head)
-            if not length or length % DESCRIPTOR.size or length // DESCRIPTOR.size > INDIRECT_MAX:
-                raise errors.IndirectLength(queue, head, length)
-            try:
-                table = b"".join(memory.slices(GuestAddress(address), length))
-            except AddressError:
-                raise errors.BadAddress(queue, head, address, length) from None
+            table = indirect_table(queue, head, address, length, memory)
             index, seen, size, inside = 0, 0, length // DESCRIPTOR.size, True
             continue
         yield address, length, flags

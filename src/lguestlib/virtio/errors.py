@@ -31,12 +31,22 @@ class QueueError(VirtioError):
 
 @dataclass(eq=False)
 class QueueLayoutError(QueueError):
-    """A ring that cannot be: size, alignment or place (virtio 1.3, 2.7; S1, S32)."""
+    """A ring that cannot be: size, alignment or place (virtio 1.3, 2.7 and 2.8; S1, S32)."""
 
     size: int
     address: int
     part: str
     reason: ClassVar[str] = "impossible ring"
+
+
+@dataclass(eq=False)
+class QueueStateError(QueueError):
+    """A position to go on from that the ring does not have (vhost-user, SET_VRING_BASE; T15)."""
+
+    available: int
+    used: int
+    size: int
+    reason: ClassVar[str] = "no position in this ring"
 
 
 @dataclass(eq=False)
@@ -51,7 +61,10 @@ class AvailIndexError(QueueError):
 
 @dataclass(eq=False)
 class ChainError(QueueError):
-    """A descriptor chain that breaks a rule; *head* is its first descriptor's index."""
+    """A descriptor chain that breaks a rule; *head* is its first descriptor's index.
+
+    Where a packed ring's chain is given back, its buffer ID.
+    """
 
     head: int
 
@@ -69,6 +82,32 @@ class HeadInFlight(ChainError):
     """A chain made available again before it was used (virtio 1.3, 2.7.13; S28, S29)."""
 
     reason: ClassVar[str] = "head is in flight already"
+
+
+@dataclass(eq=False)
+class BufferIdOutOfRange(ChainError):
+    """A packed ring's buffer ID that is no smaller than the ring's size (virtio 1.3, 2.8.5; P4)."""
+
+    id: int
+    size: int
+    reason: ClassVar[str] = "buffer ID past the ring's size"
+
+
+@dataclass(eq=False)
+class BufferIdInFlight(ChainError):
+    """A buffer ID made available again before it was used (virtio 1.3, 2.8.5; S29, P4)."""
+
+    id: int
+    reason: ClassVar[str] = "buffer ID is in flight already"
+
+
+@dataclass(eq=False)
+class RingOverrun(ChainError):
+    """More descriptors of a packed ring made available than are not in flight (virtio 1.3, 2.8.13; S28)."""
+
+    slots: int
+    free: int
+    reason: ClassVar[str] = "descriptors that are in flight made available"
 
 
 @dataclass(eq=False)
@@ -104,7 +143,7 @@ class NestedIndirect(ChainError):
 
 @dataclass(eq=False)
 class IndirectWithNext(ChainError):
-    """INDIRECT and NEXT in one descriptor (virtio 1.3, 2.7.5.3.1; S7)."""
+    """INDIRECT and NEXT in one descriptor (virtio 1.3, 2.7.5.3.1; S7); in a packed ring's chain (2.8.19)."""
 
     reason: ClassVar[str] = "descriptor is both indirect and chained"
 

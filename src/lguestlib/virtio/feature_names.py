@@ -14,7 +14,11 @@ _TYPES: dict[int, tuple[ModuleType, str]] = {
 
 def feature_names(device_type: int, features: int) -> dict[str, int]:
     """The names of those *features* that can be told, with their bits."""
-    names = {"indirect_desc": int(Feature.RING_INDIRECT_DESC), "event_idx": int(Feature.RING_EVENT_IDX)}
+    names = {
+        "indirect_desc": int(Feature.RING_INDIRECT_DESC),
+        "event_idx": int(Feature.RING_EVENT_IDX),
+        "ring_packed": int(Feature.RING_PACKED),
+    }
     if device_type in _TYPES:
         module, prefix = _TYPES[device_type]
         for name, number in vars(module).items():

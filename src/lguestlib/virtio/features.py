@@ -12,3 +12,4 @@ class Feature(IntFlag):
     RING_INDIRECT_DESC = 1 << virtio_ring.VIRTIO_RING_F_INDIRECT_DESC
     RING_EVENT_IDX = 1 << virtio_ring.VIRTIO_RING_F_EVENT_IDX
     VERSION_1 = 1 << virtio_config.VIRTIO_F_VERSION_1
+    RING_PACKED = 1 << virtio_config.VIRTIO_F_RING_PACKED

@@ -34,6 +34,7 @@ from lguestlib.virtio.features import Feature
 from lguestlib.virtio.inflight import InflightRecord
 from lguestlib.virtio.layout import DescriptorIndex, QueueLayout, RingIndex
 from lguestlib.virtio.queue_log import QueueLog
+from lguestlib.virtio.queue_state import QueueState
 
 # Descriptors, with flags and next as one word, the link: only the last one's flags stand alone.
 _ONE = struct.Struct("<QII").unpack_from
@@ -145,6 +146,11 @@ class SplitDeviceQueue:
         Chains that an inflight record brought and that are not taken yet come before it.
         """
         return RingIndex(self._next)
+
+    @property
+    def state(self) -> QueueState:
+        """Where to go on elsewhere: `next_available` as a queue of any kind has it."""
+        return QueueState(self._next)
 
     def has_available(self) -> bool:
         """Whether `pop_many` would find anything, a fault included; for a look now and then."""

@@ -56,7 +56,7 @@ def bits(*numbers: int) -> int:
 
 def offered(device: Net, withheld: int) -> int:
     """The features of its own that it offers without those *withheld*."""
-    device.withheld = withheld
+    device.withheld |= withheld
     return device.offered & ~int(RING_FEATURES)
 
 

@@ -8,10 +8,11 @@ from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.runner import MmioRunner
 from lguestlib.virtio.device import RING_FEATURES
+from lguestlib.virtio.driver_queue import DriverQueue, new_driver_queue
 from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import QueueLayout
 from lguestlib.virtio.mmio_driver import MmioDriver
-from lguestlib.virtio.split_driver import Buffer, SplitDriverQueue
+from lguestlib.virtio.split_driver import Buffer
 from lguestlib.virtio.status import Status
 
 QUEUE_SIZE = 64
@@ -50,12 +51,12 @@ class GuestQueue:
         self.kicks = 0
         """Notifications sent."""
         self._kick = kick
-        self._ring: SplitDriverQueue[Buffer] | None = None
+        self._ring: DriverQueue[Buffer] | None = None
 
     def start(self, memory: GuestMemory, features: int) -> None:
         """Begin with an empty ring."""
         self.stop()
-        self._ring = SplitDriverQueue(self.layout, memory, features)
+        self._ring = new_driver_queue(self.layout, memory, features)
 
     def stop(self) -> None:
         """Let go of the ring."""
@@ -64,7 +65,7 @@ class GuestQueue:
             self._ring = None
 
     @property
-    def ring(self) -> SplitDriverQueue[Buffer]:
+    def ring(self) -> DriverQueue[Buffer]:
         """The ring, once started."""
         assert self._ring is not None
         return self._ring

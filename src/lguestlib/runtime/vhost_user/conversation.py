@@ -153,7 +153,7 @@ class Conversation:
                 for index in indices:
                     self._arrange(index)
             case StopQueue(index):
-                return self._stop_queue(index)
+                self._stop_queue(index)
             case Reset():
                 self._stop_all()
                 self._recovered()
@@ -200,12 +200,11 @@ class Conversation:
     def _name(self, index: int) -> str:
         return f"{self._device.name} {self._queues[index].name}"
 
-    def _stop_queue(self, index: int) -> int:
+    def _stop_queue(self, index: int) -> None:
         self._stop_ring(index)
         if self._backend.idle:
             self._recovered()
             self._deactivate()
-        return self._backend.rings[index].base
 
     def _stop_ring(self, index: int) -> None:
         served = self._served.pop(index, None)

@@ -13,9 +13,10 @@ from lguestlib.memory.guest import GuestMemory
 from lguestlib.memory.region import Region
 from lguestlib.runtime.vhost_user.frontend import REPLY_SECONDS, BackEndError, FrontEnd
 from lguestlib.virtio.device import RING_FEATURES
+from lguestlib.virtio.driver_queue import DriverQueue, new_driver_queue
 from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import QueueLayout
-from lguestlib.virtio.split_driver import Buffer, SplitDriverQueue
+from lguestlib.virtio.split_driver import Buffer
 
 MEMORY_AT = GuestAddress(0x10_0000)
 MEMORY = 16 << 20
@@ -35,7 +36,7 @@ class VhostUserQueue:
 
     def __init__(self, layout: QueueLayout, memory: GuestMemory, features: int, front_end: FrontEnd) -> None:
         self.layout = layout
-        self.ring: SplitDriverQueue[int] = SplitDriverQueue(layout, memory, features)
+        self.ring: DriverQueue[int] = new_driver_queue(layout, memory, features)
         self._front_end = front_end
         self._requests = 0
         self._kick = self._call = -1
@@ -67,7 +68,7 @@ class VhostUserQueue:
     ) -> int:
         """Make a chain available, notify the device if it wants to be, and return the request's number.
 
-        Raises as `SplitDriverQueue.add`.
+        Raises as `DriverQueue.add`.
         """
         number = self._requests
         self.ring.add(readable, writable, number, table)
@@ -134,7 +135,7 @@ class VhostUserDevice:
 
     With so many *queues* of *queue_size* descriptors, in shared memory of *memory*
     bytes, of which `buffer` hands out the rest; and, of the device's features,
-    those *wanted* that are offered.  Raises BackEndError, ValueError for more than
+    those *wanted* that are offered, RING_PACKED for packed rings.  Raises BackEndError, ValueError for more than
     the memory holds.
     """
 

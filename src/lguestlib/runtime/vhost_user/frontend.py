@@ -21,7 +21,8 @@ from lguestlib.memory.address import GuestAddress, UserAddress
 from lguestlib.memory.guest import GuestMemory, MemoryViews
 from lguestlib.runtime.vhost_user.stream import MessageStream, close_all
 from lguestlib.virtio.errors import VirtioError
-from lguestlib.virtio.layout import QueueLayout, RingIndex
+from lguestlib.virtio.layout import QueueLayout
+from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.vhost_user.frontend import (
     PROTOCOL_FEATURES,
     Request,
@@ -122,6 +123,7 @@ class FrontEnd:
         self._error = self._wake = -1
         self._requests = Requests()
         self._memory: GuestMemory | None = None
+        self._features = 0
         self._failure = ""
         # Held from a request to its reply.
         self._lock = threading.Lock()
@@ -211,21 +213,22 @@ class FrontEnd:
             MemoryRegion(region.base, region.size, UserAddress(region.host_address), 0) for region in regions
         ]
         self._ask(self._requests.set_features(features | self._own_features))
+        self._features = features
         self._ask(self._requests.set_mem_table(table, [region.fd for region in regions]))
         self._memory = memory
 
-    def start_queue(self, layout: QueueLayout, kick: int, call: int, base: RingIndex = RingIndex(0)) -> None:
-        """Have the ring at *layout* served from available entry *base* on, between these two eventfds.
+    def start_queue(self, layout: QueueLayout, kick: int, call: int, base: QueueState | None = None) -> None:
+        """Have the ring at *layout* served from *base* on (None: new), between these two eventfds.
 
         The descriptors stay the caller's, and blocking: *call* is made so again
         where the back-end changed that, for both ends.  Raises QueueLayoutError.
         """
         memory = self._shared()
         with memory.views() as views:
-            layout.check(views)
+            layout.check(views, self._features)
         requests, index = self._requests, layout.index
         self._ask(requests.set_vring_num(index, layout.size))
-        self._ask(requests.set_vring_base(index, base))
+        self._ask(requests.set_vring_base(index, base or QueueState.start(self._features)))
         self._ask(requests.set_vring_addr(index, RingAddresses(*(
             UserAddress(memory.host_address(part))
             for part in (layout.descriptors, layout.available, layout.used)
@@ -239,20 +242,23 @@ class FrontEnd:
         self._ask(requests.get_features())
         os.set_blocking(call, True)
 
-    def stop_queue(self, layout: QueueLayout, finish: bool = False) -> RingIndex:
-        """Stop serving the ring there; return the available entry to go on from (T9).
+    def stop_queue(self, layout: QueueLayout, finish: bool = False) -> QueueState:
+        """Stop serving the ring there; return the state to go on from (T9).
 
         The back-end touches neither it nor its buffers when this returns: what it
         had begun has been returned to the driver.  With *finish* all that is
-        available is, unless that takes longer than a reply may.
+        available is, unless that takes longer than a reply may.  A packed ring does
+        not show either: there the back-end's word is taken, and nothing waited for.
         """
+        if self._requests.packed:
+            return self._ask(self._requests.get_vring_base(layout.index))
         with self._shared().views() as views:
             if finish:
                 # Stopped with requests in flight, qemu-storage-daemon 7.2 breaks down over their interrupts.
                 self._until(lambda: ring_index(views, layout.used) == ring_index(views, layout.available))
             base = self._ask(self._requests.get_vring_base(layout.index))
             # And it answers first, and finishes then.
-            if not self._until(lambda: ring_index(views, layout.used) == base):
+            if not self._until(lambda: ring_index(views, layout.used) == base.available):
                 raise self._end(f"ring {layout.index}: stopped, and requests not finished")
         return base
 

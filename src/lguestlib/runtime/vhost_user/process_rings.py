@@ -22,7 +22,7 @@ from lguestlib.runtime.counters import QueueCounters
 from lguestlib.runtime.vhost_user.queue_process import COUNTERS, Order, QueueOfDisk, Told
 from lguestlib.runtime.vhost_user.rings import OnFailure, RingsLost
 from lguestlib.runtime.vhost_user.stream import MessageStream, close_all
-from lguestlib.virtio.layout import RingIndex
+from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.vhost_user.backend import OFFERED, MapInflight, MapLog, MapMemory, QueueSetup
 from lguestlib.virtio.vhost_user.frontend import Request, RequestRefused, Requests
 from lguestlib.virtio.vhost_user.message import Message, ProtocolError
@@ -306,7 +306,7 @@ class _ProcessRing:
         self._index = index
         # Held while it is told something: nothing comes behind the request that stops it.
         self._lock = threading.Lock()
-        self._stopping: _Asked[RingIndex] | None = None
+        self._stopping: _Asked[QueueState] | None = None
 
     def exchange(self, before: QueueSetup, setup: QueueSetup) -> None:
         with self._lock:
@@ -336,7 +336,7 @@ class _ProcessRing:
                     # `stop` will find out.
                     return
 
-    def stop(self) -> RingIndex:
+    def stop(self) -> QueueState:
         self.request_stop()
         if self._stopping is None:
             raise RingsLost

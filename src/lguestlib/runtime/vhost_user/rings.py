@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
-from lguestlib.virtio.layout import RingIndex
+from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.vhost_user.backend import MapInflight, MapLog, MapMemory, QueueSetup
 from lguestlib.virtio.vhost_user.message import Message
 
@@ -24,7 +24,7 @@ class ServedRing(Protocol):
     def request_stop(self) -> None:
         """Have nothing more begun, and return at once or nearly; `stop` has to follow.  Any thread may."""
 
-    def stop(self) -> RingIndex:
+    def stop(self) -> QueueState:
         """Stop serving; return when the ring has been let go of, with the avail index to go on from (T9)."""
 
 

@@ -143,6 +143,8 @@ class Serving:
             kind = attachment.kind
             counts[kind] = number = counts.get(kind, -1) + 1
             device = attachment.device(number)
+            # The front-end chooses.
+            device.withheld = 0
             _withhold(device, served.without)
             processes = None
             image = served.device

@@ -21,10 +21,10 @@ from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.transfer_thread import TransferThread
 from lguestlib.runtime.vhost_user.rings import OnFailure
 from lguestlib.virtio.device import Queue
+from lguestlib.virtio.device_queue import DeviceQueue, new_device_queue
 from lguestlib.virtio.inflight import InflightRecord, area_size, part_of
-from lguestlib.virtio.layout import RingIndex
 from lguestlib.virtio.queue_log import QueueLog
-from lguestlib.virtio.split_device import SplitDeviceQueue
+from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.vhost_user.backend import (
     LOG_ALL,
     Area,
@@ -59,7 +59,7 @@ class _ThreadRing:
     def request_stop(self) -> None:
         self._thread.request_stop()
 
-    def stop(self) -> RingIndex:
+    def stop(self) -> QueueState:
         return self._thread.stop()
 
 
@@ -163,10 +163,10 @@ class ThreadRings:
         if (setup.generation, setup.features, setup.layout, setup.log_used) != (
             before.generation, before.features, before.layout, before.log_used,
         ):  # fmt: skip
-            ring = self._ring(setup, ends.ring.next_available)
+            ring = self._ring(setup, ends.ring.state)
         return QueueEnds(ring, kick, interrupt)
 
-    def _ring(self, setup: QueueSetup, next_available: RingIndex) -> SplitDeviceQueue:
+    def _ring(self, setup: QueueSetup, state: QueueState) -> DeviceQueue:
         if self._memory is None:
             raise ProtocolError("the guest has no memory")
         index, record, log = setup.layout.index, None, None
@@ -177,8 +177,8 @@ class ThreadRings:
         if self._log and (setup.features & LOG_ALL or setup.log_used is not None):
             log = QueueLog(self._log, bool(setup.features & LOG_ALL), setup.log_used)
         try:
-            return SplitDeviceQueue(
-                setup.layout, self._memory, setup.features, next_available, inflight=record, log=log
+            return new_device_queue(
+                setup.layout, self._memory, setup.features, state, inflight=record, log=log
             )
         except BaseException:
             if record:

@@ -25,7 +25,8 @@ from lguestlib.memory.address import GuestAddress, UserAddress
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.features import Feature
 from lguestlib.virtio.inflight import area_size
-from lguestlib.virtio.layout import QUEUE_SIZE_MAX, QueueLayout, RingIndex
+from lguestlib.virtio.layout import QUEUE_SIZE_MAX, QueueLayout, size_possible
+from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.status import Status
 from lguestlib.virtio.vhost_user.memory_table import REGIONS_MAX, MemoryRegion, MemoryTable, RingAddresses
 from lguestlib.virtio.vhost_user.message import FDS_MAX, Message, ProtocolError, u64
@@ -82,7 +83,7 @@ class Arrange:
 
 @dataclass(frozen=True)
 class StopQueue:
-    """Stop this ring and drain it; the result is the avail index to go on from (T9)."""
+    """Stop this ring and drain it, and tell `BackEnd.stopped` where it goes on (T9)."""
 
     index: int
 
@@ -121,7 +122,7 @@ Effect = MapMemory | Arrange | StopQueue | Reset | MapLog | NewInflight | MapInf
 
 @dataclass(frozen=True)
 class QueueSetup:
-    """A ring to be served: where, from which avail index, with which features and descriptors.
+    """A ring to be served: where, from which state on, with which features and descriptors.
 
     *addresses*: where that is for the front-end; *log_used*: where its used ring
     is logged; *generation* counts changes of what else it depends on: memory, the
@@ -130,7 +131,7 @@ class QueueSetup:
 
     layout: QueueLayout
     addresses: RingAddresses
-    base: RingIndex
+    base: QueueState
     features: int
     kick: int
     call: int
@@ -143,7 +144,7 @@ class _Ring:
     size: int = 0
     addresses: RingAddresses | None = None
     log_used: GuestAddress | None = None
-    base: int = 0
+    base: QueueState | None = None
     kick: int = -1
     call: int = -1
     error: int = -1
@@ -243,13 +244,13 @@ class BackEnd:
             return None
         layout = QueueLayout(index, ring.size, *map(self.table.guest_address, ring.addresses))
         return QueueSetup(
-            layout, ring.addresses, RingIndex(ring.base), self.features, ring.kick, ring.call, ring.log_used,
+            layout, ring.addresses, self._base(ring), self.features, ring.kick, ring.call, ring.log_used,
             self._generation,
         )  # fmt: skip
 
-    def stopped(self, index: int, next_available: RingIndex) -> None:
+    def stopped(self, index: int, state: QueueState) -> None:
         """Ring *index* has been stopped, for whatever reason, and goes on from there when it starts again."""
-        self.rings[index].base = next_available
+        self.rings[index].base = state
 
     def config_change(self) -> Message | None:
         """What to send on `channel` when the device's config space has changed; None where nobody listens."""
@@ -314,8 +315,9 @@ class BackEnd:
 
     def _set_vring_num(self, message: Message) -> Effect | None:
         ring, index, size = self._stopped_ring(message)
-        if not 0 < size <= QUEUE_SIZE_MAX or size & size - 1:
-            raise ProtocolError(f"SET_VRING_NUM: {size} is no power of two up to {QUEUE_SIZE_MAX}")
+        if not size_possible(size, self.features):
+            kind = "size" if self.features & Feature.RING_PACKED else "power of two"
+            raise ProtocolError(f"SET_VRING_NUM: {size} is no {kind} up to {QUEUE_SIZE_MAX}")
         ring.size = size
         return Arrange((index,))
 
@@ -337,9 +339,9 @@ class BackEnd:
 
     def _set_vring_base(self, message: Message) -> Effect | None:
         ring, _, base = self._stopped_ring(message)
-        if base > 0xFFFF:
+        if base > 0xFFFF and not self.features & Feature.RING_PACKED:
             raise ProtocolError(f"SET_VRING_BASE: {base:#x} is no 16-bit index")
-        ring.base = base
+        ring.base = QueueState.from_base(base)
         return None
 
     def _get_vring_base(self, message: Message) -> Effect | None:
@@ -349,8 +351,7 @@ class BackEnd:
 
     def _reply_vring_base(self, message: Message, result: int) -> tuple[bytes, tuple[int, ...]]:
         index = abi.vhost_vring_state.from_buffer_copy(message.payload).index
-        self.rings[index].base = result
-        return bytes(abi.vhost_vring_state(index, result)), ()
+        return bytes(abi.vhost_vring_state(index, self._base(self.rings[index]).base)), ()
 
     def _set_vring_kick(self, message: Message) -> Effect | None:
         index, fd = self._ring_fd(message)
@@ -419,16 +420,19 @@ class BackEnd:
             message.payload.ljust(size_of(abi.vhost_user_inflight), b"\0")
         )
         size = wire.queue_size
-        if not 0 < wire.num_queues <= len(self.rings) or not 0 < size <= QUEUE_SIZE_MAX or size & size - 1:
+        if not 0 < wire.num_queues <= len(self.rings) or not size_possible(size, self.features):
             raise ProtocolError(f"{message.name}: {wire.num_queues} rings of {size}")
         return wire
 
     def _get_inflight_fd(self, message: Message) -> Effect | None:
         wire = self._inflight(message)
-        return NewInflight(wire.num_queues, wire.queue_size)
+        # There is no record of packed rings, which a size of 0 says.
+        return None if self.features & Feature.RING_PACKED else NewInflight(wire.num_queues, wire.queue_size)
 
     def _reply_inflight(self, message: Message, result: int) -> tuple[bytes, tuple[int, ...]]:
         wire = self._inflight(message)
+        if self.features & Feature.RING_PACKED:
+            return bytes(wire)[: len(message.payload)], ()
         wire.mmap_size, wire.mmap_offset = area_size(wire.num_queues, wire.queue_size), 0
         return bytes(wire)[: len(message.payload)], (result,)
 
@@ -436,6 +440,8 @@ class BackEnd:
         wire = self._inflight(message)
         if not self.idle:
             raise ProtocolError("SET_INFLIGHT_FD: rings are served")
+        if self.features & Feature.RING_PACKED:
+            raise ProtocolError("SET_INFLIGHT_FD: there is no record of packed rings")
         if wire.mmap_size < area_size(wire.num_queues, wire.queue_size):
             raise ProtocolError(f"SET_INFLIGHT_FD: {wire.mmap_size} bytes are too few")
         self._generation += 1
@@ -476,6 +482,9 @@ class BackEnd:
 
     def _is_served(self, ring: _Ring) -> bool:
         return bool(self.features) and ring.ready
+
+    def _base(self, ring: _Ring) -> QueueState:
+        return ring.base or QueueState.start(self.features)
 
     def _ring(self, message: Message, index: int) -> _Ring:
         if index >= len(self.rings):

@@ -14,7 +14,8 @@ from typing import Generic, TypeVar
 from lguestlib.abi import vhost_user as abi
 from lguestlib.memory.address import GuestAddress
 from lguestlib.virtio.errors import VirtioError
-from lguestlib.virtio.layout import RingIndex
+from lguestlib.virtio.features import Feature
+from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.vhost_user.memory_table import MemoryRegion, RingAddresses
 from lguestlib.virtio.vhost_user.message import FDS_MAX, Message, ProtocolError, u64
 
@@ -79,6 +80,8 @@ class Requests:
     def __init__(self) -> None:
         self.protocol_features = 0
         """What was set, as bits."""
+        self.packed = False
+        """Whether the rings are packed."""
 
     def has(self, feature: int) -> bool:
         """Whether protocol feature number *feature* was negotiated."""
@@ -101,7 +104,8 @@ class Requests:
         return self._question(abi.VHOST_USER_GET_FEATURES, b"", _number)
 
     def set_features(self, features: int) -> Request[None]:
-        """The virtio features the driver has taken."""
+        """The virtio features the driver has taken: what is made from now on is for rings of that kind."""
+        self.packed = bool(features & Feature.RING_PACKED)
         return self._command(abi.VHOST_USER_SET_FEATURES, u64(features))
 
     def set_owner(self) -> Request[None]:
@@ -140,9 +144,9 @@ class Requests:
         """Ring *index* has *size* descriptors."""
         return self._command(abi.VHOST_USER_SET_VRING_NUM, _state(index, size))
 
-    def set_vring_base(self, index: int, base: RingIndex) -> Request[None]:
-        """Ring *index* goes on from the available entry *base*."""
-        return self._command(abi.VHOST_USER_SET_VRING_BASE, _state(index, base))
+    def set_vring_base(self, index: int, state: QueueState) -> Request[None]:
+        """Ring *index* goes on from *state*."""
+        return self._command(abi.VHOST_USER_SET_VRING_BASE, _state(index, state.base))
 
     def set_vring_addr(
         self, index: int, addresses: RingAddresses, log: GuestAddress | None = None
@@ -174,9 +178,9 @@ class Requests:
         """Serve ring *index*, or do not; only where `PROTOCOL_FEATURES` were negotiated."""
         return self._command(abi.VHOST_USER_SET_VRING_ENABLE, _state(index, int(enabled)))
 
-    def get_vring_base(self, index: int) -> Request[RingIndex]:
-        """Stop ring *index*; the answer is the available entry it would go on from (T9)."""
-        return self._question(abi.VHOST_USER_GET_VRING_BASE, _state(index, 0), partial(_base, index))
+    def get_vring_base(self, index: int) -> Request[QueueState]:
+        """Stop ring *index*; the answer is the state it would go on from (T9)."""
+        return self._question(abi.VHOST_USER_GET_VRING_BASE, _state(index, 0), partial(_base, index, self.packed))
 
     def set_backend_req_fd(self, fd: int) -> Request[None]:
         """The back-end's channel is the socket *fd*.  Raises RequestRefused without BACKEND_REQ."""
@@ -273,12 +277,12 @@ def _acknowledged(name: str, payload: bytes) -> None:
         raise RequestRefused(f"{name}: the back-end has refused it ({result:#x})")
 
 
-def _base(index: int, name: str, payload: bytes) -> RingIndex:
+def _base(index: int, packed: bool, name: str, payload: bytes) -> QueueState:
     _sized(name, payload, _STATE_SIZE)
     wire = abi.vhost_vring_state.from_buffer_copy(payload)
-    if wire.index != index or wire.num > 0xFFFF:
+    if wire.index != index or wire.num > 0xFFFF and not packed:
         raise ProtocolError(f"{name}: ring {index} answered as ring {wire.index} with index {wire.num:#x}")
-    return RingIndex(wire.num)
+    return QueueState.from_base(wire.num)
 
 
 def _config(offset: int, size: int, name: str, payload: bytes) -> bytes:
