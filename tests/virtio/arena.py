@@ -4,12 +4,15 @@ import os
 from types import TracebackType
 from typing import Self
 
+from virtio.packed_rings import AVAIL, PACKED_ALL, USED, Packed, PackedRing, off_wrap, wrap_counter
 from virtio.rings import ALL_FEATURES, PAGE, Descriptor, Ring
 
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.memory.region import Region
 from lguestlib.virtio.layout import QueueLayout, RingIndex
+from lguestlib.virtio.packed_device import PackedDeviceQueue
+from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.split_device import SplitDeviceQueue
 
 VICTIM_AT = 0x1000
@@ -27,13 +30,13 @@ _MARGIN = 4 * PAGE
 _CANARY = b"\xa5"
 
 
-class Arena:
+class Ground:
     """Three regions of guest memory, cut out of a file whose other bytes are nobody's to touch.
 
-    The ring of *size* that is attacked is queue 3; queue 4 is its neighbour.
+    Queue 4 is the neighbour of the one that is attacked.
     """
 
-    def __init__(self, size: int = 8, features: int = ALL_FEATURES, next_available: int = 0) -> None:
+    def __init__(self) -> None:
         self._fd = os.memfd_create("arena")
         extents = ((0, SEAM), (SEAM, END - SEAM), (ISLAND, PAGE))
         at, places = _MARGIN, []
@@ -48,16 +51,8 @@ class Arena:
             Region.from_fd(GuestAddress(base), length, self._fd, place)
             for (base, length), place in zip(extents, places)
         )
-        self.ring = Ring(
-            self.memory, QueueLayout.contiguous(3, size, GuestAddress(VICTIM_AT)), next_available
-        )
-        self.device = self.new_device(features, next_available)
         self._neighbour = Ring(self.memory, QueueLayout.contiguous(4, 4, GuestAddress(NEIGHBOUR_AT)))
-        self._neighbour_device = SplitDeviceQueue(self._neighbour.layout, self.memory, features)
-
-    def new_device(self, features: int, next_available: int = 0) -> SplitDeviceQueue:
-        """Another device side of the attacked ring."""
-        return SplitDeviceQueue(self.ring.layout, self.memory, features, RingIndex(next_available))
+        self._neighbour_device = SplitDeviceQueue(self._neighbour.layout, self.memory, ALL_FEATURES)
 
     def content(self) -> bytes:
         """All of guest memory."""
@@ -79,11 +74,13 @@ class Arena:
         for start, end in self._margins:
             assert os.pread(self._fd, end - start, start) == _CANARY * (end - start)
 
+    def _release(self) -> None:
+        """Let go of the ring that is attacked."""
+
     def close(self) -> None:
         """Give everything back, which shows that nothing has kept a view (Y4)."""
         self.margins_hold()
-        self.ring.release()
-        self.device.release()
+        self._release()
         self._neighbour.release()
         self._neighbour_device.release()
         self.memory.close()
@@ -97,3 +94,46 @@ class Arena:
     ) -> None:
         if error is None:
             self.close()
+
+
+class Arena(Ground):
+    """With a split ring of *size* that is attacked, queue 3."""
+
+    def __init__(self, size: int = 8, features: int = ALL_FEATURES, next_available: int = 0) -> None:
+        super().__init__()
+        self.ring = Ring(
+            self.memory, QueueLayout.contiguous(3, size, GuestAddress(VICTIM_AT)), next_available
+        )
+        self.device = self.new_device(features, next_available)
+
+    def new_device(self, features: int, next_available: int = 0) -> SplitDeviceQueue:
+        """Another device side of the attacked ring."""
+        return SplitDeviceQueue(self.ring.layout, self.memory, features, RingIndex(next_available))
+
+    def _release(self) -> None:
+        self.ring.release()
+        self.device.release()
+
+
+class PackedArena(Ground):
+    """With a packed ring of *size* that is attacked, queue 3, of which so many descriptors were used before."""
+
+    def __init__(self, size: int = 8, features: int = PACKED_ALL, position: int = 0) -> None:
+        super().__init__()
+        self.ring = PackedRing(self.memory, QueueLayout.contiguous(3, size, GuestAddress(VICTIM_AT)), position)
+        if position:
+            # As the last lap has left it.
+            for back in range(1, size + 1):
+                marks = AVAIL | USED if wrap_counter(position - back, size) else 0
+                self.ring.describe((position - back) % size, Packed(0, 0, marks))
+        self.device = self.new_device(features, position)
+
+    def new_device(self, features: int, position: int = 0) -> PackedDeviceQueue:
+        """Another device side of the attacked ring, which begins at *position*."""
+        where = off_wrap(position, self.ring.size)
+        state = QueueState(where, where) if position else None
+        return PackedDeviceQueue(self.ring.layout, self.memory, features, state)
+
+    def _release(self) -> None:
+        self.ring.release()
+        self.device.release()
