@@ -6,6 +6,8 @@ are put away for cells that go through a `Port`.
 
 from typing import Protocol, TypeVar, cast
 
+from lguestlib.virtio.packed_device import PackedDeviceQueue
+from lguestlib.virtio.packed_driver import PackedDriverQueue
 from lguestlib.virtio.split_device import SplitDeviceQueue
 from lguestlib.virtio.split_driver import SplitDriverQueue
 
@@ -24,6 +26,11 @@ FIELDS = (
     "used_ring",
     "avail_event",
 )
+
+PACKED_FIELDS = ("flags", "ids", "lengths", "driver_event", "device_event")
+
+_WIDE = ("used_ring", "lengths")
+"""Of 32 bits."""
 
 
 class Port(Protocol):
@@ -59,16 +66,20 @@ class _Cells:
         return self._port.load((self._field, index))
 
     def __setitem__(self, index: int, value: int) -> None:
-        assert value in range(1 << 32 if self._field == "used_ring" else 1 << 16)
+        assert value in range(1 << 32 if self._field in _WIDE else 1 << 16)
         self._port.store((self._field, index), value)
 
     def release(self) -> None:
         """Nothing is held."""
 
 
-def through(queue: SplitDeviceQueue | SplitDriverQueue[Token], port: Port, ordered: bool = False) -> None:
+AnyQueue = SplitDeviceQueue | SplitDriverQueue[Token] | PackedDeviceQueue | PackedDriverQueue[Token]
+
+
+def through(queue: AnyQueue[Token], port: Port, ordered: bool = False) -> None:
     """Send *queue*'s accesses through *port*, with *ordered* as on a processor that needs to be told."""
-    for field in FIELDS:
+    packed = isinstance(queue, PackedDeviceQueue | PackedDriverQueue)
+    for field in PACKED_FIELDS if packed else FIELDS:
         view = getattr(queue, f"_{field}")
         assert isinstance(view, memoryview)
         setattr(queue, f"_{field}", cast(memoryview, _Cells(port, field, len(view))))
