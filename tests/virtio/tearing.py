@@ -2,8 +2,8 @@
 
     python tearing.py FD FIELD HOW
 
-FD is a file of `SIZE` bytes that holds the ring at `LAYOUT`.  FIELD is one of
-`FIELDS`; it gets the values of `VALUES` in turn, through the queue's own view of
+FD is a file of `SIZE` bytes that holds the ring at `LAYOUT`, a packed one where
+FIELD is one of `PACKED_FIELDS`.  FIELD is one of `FIELDS` or of those; it gets the values of `VALUES` in turn, through the queue's own view of
 it, or, if HOW is `pack_into`, as `struct.pack_into` would.
 """
 
@@ -15,6 +15,8 @@ from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.memory.region import Region
 from lguestlib.virtio.layout import QueueLayout
+from lguestlib.virtio.packed_device import PackedDeviceQueue
+from lguestlib.virtio.packed_driver import PackedDriverQueue
 from lguestlib.virtio.split_device import SplitDeviceQueue
 from lguestlib.virtio.split_driver import SplitDriverQueue
 
@@ -25,11 +27,29 @@ DEVICE_FIELDS = ("used_flags", "used_idx", "used_ring", "avail_event")
 DRIVER_FIELDS = ("avail_flags", "avail_idx", "avail_ring", "used_event")
 FIELDS = DEVICE_FIELDS + DRIVER_FIELDS
 
+PACKED_DEVICE_FIELDS = ("flags", "ids", "lengths", "device_event")
+PACKED_DRIVER_FIELDS = ("driver_event",)
+PACKED_FIELDS = PACKED_DEVICE_FIELDS + PACKED_DRIVER_FIELDS
+
 VALUES = [0x11111111 * digit for digit in range(1, 16)]
 """Of those, cut to 16 bits or not, no part of one and part of another make a third."""
 
 
-def view_of(queue: SplitDeviceQueue | SplitDriverQueue[None], field: str) -> memoryview:
+Queue = SplitDeviceQueue | SplitDriverQueue[None] | PackedDeviceQueue | PackedDriverQueue[None]
+
+
+def queue_of(memory: GuestMemory, field: str, other: bool = False) -> Queue:
+    """The side that writes *field*, or the *other* one."""
+    if field in PACKED_FIELDS:
+        if (field in PACKED_DEVICE_FIELDS) is not other:
+            return PackedDeviceQueue(LAYOUT, memory, 0)
+        return PackedDriverQueue(LAYOUT, memory, 0)
+    if (field in DEVICE_FIELDS) is not other:
+        return SplitDeviceQueue(LAYOUT, memory, 0)
+    return SplitDriverQueue(LAYOUT, memory, 0)
+
+
+def view_of(queue: Queue, field: str) -> memoryview:
     """The queue's view of *field*; of a ring, of its second entry."""
     view = getattr(queue, f"_{field}")
     assert isinstance(view, memoryview)
@@ -39,12 +59,7 @@ def view_of(queue: SplitDeviceQueue | SplitDriverQueue[None], field: str) -> mem
 def main(fd: int, field: str, how: str) -> None:
     """Store until killed."""
     memory = GuestMemory([Region.from_fd(GuestAddress(0), SIZE, fd)])
-    queue: SplitDeviceQueue | SplitDriverQueue[None]
-    if field in DEVICE_FIELDS:
-        queue = SplitDeviceQueue(LAYOUT, memory, 0)
-    else:
-        queue = SplitDriverQueue(LAYOUT, memory, 0)
-    view = view_of(queue, field)
+    view = view_of(queue_of(memory, field), field)
     mask = (1 << 8 * view.itemsize) - 1
     values = cycle([value & mask for value in VALUES])
     if how == "pack_into":

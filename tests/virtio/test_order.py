@@ -6,13 +6,18 @@ from contextlib import contextmanager
 
 import pytest
 from virtio.accesses import Place, through
+from virtio.packed_rings import PACKED, PACKED_EVENT
 from virtio.rings import PLAIN, WITH_EVENT, Descriptor, Ring, memory_of
 
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
-from lguestlib.virtio import split_device, split_driver
+from lguestlib.virtio import packed_device, packed_driver, split_device, split_driver
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.layout import QueueLayout
+from lguestlib.virtio.device_queue import DeviceQueue, new_device_queue
+from lguestlib.virtio.driver_queue import DriverQueue, new_driver_queue
+from lguestlib.virtio.packed_device import PackedDeviceQueue
+from lguestlib.virtio.packed_driver import PackedDriverQueue
 from lguestlib.virtio.split_device import SplitDeviceQueue
 from lguestlib.virtio.split_driver import Buffer, SplitDriverQueue
 
@@ -160,3 +165,97 @@ def test_what_the_recorder_sees_is_what_happens_in_memory() -> None:
         assert ring.described(0) == Descriptor(0x800, 16, 2)
         for view in (driver, device, ring):
             view.release()
+
+
+class PackedSide:
+    """As `Side`.  What is read of descriptors but the first one's flags is in memory: lengths of 0, and these IDs."""
+
+    def __init__(self, memory: GuestMemory, features: int, ordered: bool) -> None:
+        self.recorder = Recorder()
+        self.driver: PackedDriverQueue[int] = PackedDriverQueue(LAYOUT, memory, features)
+        self.device = PackedDeviceQueue(LAYOUT, memory, features)
+        for number in range(4):
+            memory.write(GuestAddress(16 * number + 12), number.to_bytes(2, "little"))
+        through(self.device, self.recorder, ordered)
+        through(self.driver, self.recorder, ordered)
+
+
+@contextmanager
+def packed_side(features: int, ordered: bool) -> Iterator[PackedSide]:
+    with memory_of((0, 4096)) as memory:
+        made = PackedSide(memory, features, ordered)
+        yield made
+        made.driver.release()
+        made.device.release()
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["x86", "weakly ordered"])
+def test_p3_flags_are_read_first_and_the_first_ones_written_last(ordered: bool) -> None:
+    with packed_side(PACKED, ordered) as both:
+        driver, device, told = both.driver, both.device, both.recorder.told
+        add = steps("store lengths, store ids, order, store flags", ordered)
+        assert told(lambda: driver.add([BUFFER], [], 0)) == add
+        chains: list[Chain] = []
+        assert told(lambda: chains.extend(device.pop_many(1))) == steps("load flags, order", ordered)
+        assert told(device.pop_many) == ["load flags"]
+        used = steps("store ids, store lengths, order, store flags", ordered)
+        assert told(lambda: device.push(chains[0], 0)) == used
+        reaped = steps("load flags, order, load ids, load lengths, load flags", ordered)
+        assert told(driver.reap) == reaped
+        assert told(driver.reap) == ["load flags"]
+        # Of two descriptors, and of two used elements, the first one's flags are last.
+        two = steps(
+            "store lengths, store ids, store lengths, store ids, store flags, order, store flags", ordered
+        )
+        assert told(lambda: driver.add([BUFFER], [BUFFER], 1)) == two
+    with packed_side(PACKED, ordered) as both:
+        driver, device, told = both.driver, both.device, both.recorder.told
+        for token in range(3):
+            driver.add([BUFFER], [], token)
+        chains = []
+        several = told(lambda: chains.extend(device.pop_many()))
+        # All of the flags, then what they announce.
+        assert several == [*["load flags"] * (len(several) - ordered), *["order"] * ordered]
+        pushed = told(lambda: device.push_many(chains))
+        first, other = "store ids, store lengths, ", "store ids, store lengths, store flags, "
+        assert pushed == steps(first + 2 * other + "order, store flags", ordered)
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["x86", "weakly ordered"])
+@pytest.mark.parametrize("features", [PACKED, PACKED_EVENT])
+def test_s21_s22_a_fence_stands_between_what_is_said_and_what_is_heard_of_packed_rings(
+    features: int, ordered: bool
+) -> None:
+    with packed_side(features, ordered) as both:
+        driver, device, told = both.driver, both.device, both.recorder.told
+        events = features == PACKED_EVENT
+        for mine, ask in (("device_event", device.enable_notifications), ("driver_event", driver.enable_interrupts)):
+            position = f"store {mine}, order, " if events else ""
+            assert told(ask) == steps(f"{position}store {mine}, fence, load flags", ordered)
+        driver.add([BUFFER], [], 0)
+        position = ", order, load {}" if events else ""
+        heard = "fence, load {}" + position
+        assert told(driver.kick_needed) == steps(heard.format(*["device_event"] * 2), ordered)
+        assert told(driver.kick_needed) == []
+        [chain] = device.pop_many()
+        device.push(chain, 0)
+        assert told(device.should_interrupt) == steps(heard.format(*["driver_event"] * 2), ordered)
+        assert told(device.should_interrupt) == []
+
+
+def test_s23_both_sides_of_a_packed_ring_ask_what_their_processor_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    for module in (packed_device, packed_driver):
+        monkeypatch.setattr(module, "new_acquire", lambda: lambda: asked.append("order"))
+    with memory_of((0, 4096)) as memory:
+        driver: DriverQueue[int] = new_driver_queue(LAYOUT, memory, PACKED)
+        device: DeviceQueue = new_device_queue(LAYOUT, memory, PACKED)
+        for expected, call in (
+            (1, lambda: driver.add([BUFFER], [], 0)), (1, lambda: driver.add([BUFFER], [], 0)),
+            (2, lambda: device.push_many(device.pop_many())), (2, driver.reap), (0, driver.reap),
+        ):  # fmt: skip
+            asked.clear()
+            call()
+            assert len(asked) == expected
+        driver.release()
+        device.release()

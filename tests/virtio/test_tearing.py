@@ -14,8 +14,6 @@ from virtio import tearing
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.memory.region import Region
-from lguestlib.virtio.split_device import SplitDeviceQueue
-from lguestlib.virtio.split_driver import SplitDriverQueue
 
 SECONDS = 0.3
 PATIENCE = 10.0
@@ -26,11 +24,7 @@ READS = 2000
 def hammered(field: str, how: str) -> Iterator[memoryview]:
     """*field* as this side's queue sees it, while another process stores to it."""
     with GuestMemory([Region.memfd(GuestAddress(0), tearing.SIZE)]) as memory:
-        queue: SplitDeviceQueue | SplitDriverQueue[None]
-        if field in tearing.DEVICE_FIELDS:
-            queue = SplitDriverQueue(tearing.LAYOUT, memory, 0)
-        else:
-            queue = SplitDeviceQueue(tearing.LAYOUT, memory, 0)
+        queue = tearing.queue_of(memory, field, other=True)
         fd = memory.regions[0].fd
         command = [sys.executable, tearing.__file__, str(fd), field, how]
         environment = os.environ | {"PYTHONPATH": str(interpreters.SOURCE)}
@@ -63,7 +57,7 @@ def written(view: memoryview) -> set[int]:
     return {value & (1 << 8 * view.itemsize) - 1 for value in tearing.VALUES}
 
 
-@pytest.mark.parametrize("field", tearing.FIELDS)
+@pytest.mark.parametrize("field", tearing.FIELDS + tearing.PACKED_FIELDS)
 def test_y1_no_value_is_read_that_was_never_written(field: str) -> None:
     with hammered(field, "view") as view:
         found = seen(view, SECONDS)
