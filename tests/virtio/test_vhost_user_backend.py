@@ -1015,3 +1015,57 @@ def test_t14_whatever_comes_every_descriptor_is_closed_once_and_nothing_but_prot
         except Exception as error:
             raise AssertionError(f"seed {seed}") from error
     assert count > 250_000
+
+
+PACKED = FEATURES | int(Feature.RING_PACKED)
+
+
+def packed_talk() -> Talk:
+    """A conversation in which packed rings were agreed on."""
+    device = Toy()
+    device.withheld = 0
+    talk = Talk(device=device)
+    talk.send(abi.VHOST_USER_SET_FEATURES, u64(PACKED))
+    return talk
+
+
+def test_packed_rings_are_offered_unless_withheld() -> None:
+    for withheld in (0, int(Feature.RING_PACKED)):
+        device = Toy()
+        device.withheld = withheld
+        offered = Talk(device=device).send(abi.VHOST_USER_GET_FEATURES)
+        assert offered is not None
+        assert bool(int.from_bytes(offered.payload, "little") & Feature.RING_PACKED) is not bool(withheld)
+
+
+@pytest.mark.parametrize("size", [1, 3, 100, 32767])
+def test_p2_a_packed_ring_may_have_any_size(size: int) -> None:
+    talk = packed_talk()
+    talk.send(abi.VHOST_USER_SET_VRING_NUM, state(0, size))
+    assert talk.backend.rings[0].size == size
+    for bad in (0, 32769):
+        assert "no size up to" in packed_talk().refused(abi.VHOST_USER_SET_VRING_NUM, state(0, bad))
+    if size & size - 1:
+        assert "no power of two" in fresh().refused(abi.VHOST_USER_SET_VRING_NUM, state(0, size))
+    talk.end()
+
+
+def test_p8_a_packed_rings_base_is_two_positions_with_their_wrap_counters() -> None:
+    talk = packed_talk()
+    talk.send(abi.VHOST_USER_SET_MEM_TABLE, table(region()), 1)
+    talk.send(abi.VHOST_USER_SET_VRING_NUM, state(0, 8))
+    talk.send(abi.VHOST_USER_SET_VRING_ADDR, address(0))
+    talk.send(abi.VHOST_USER_SET_VRING_KICK, u64(0), 1)
+    talk.send(abi.VHOST_USER_SET_VRING_ENABLE, state(0, 1))
+    setup = talk.setup()
+    assert setup is not None and setup.base == QueueState(1 << 15, 1 << 15)
+    effect = talk.backend.receive(Message(abi.VHOST_USER_GET_VRING_BASE, state(0)))
+    assert effect == StopQueue(0)
+    talk.backend.stopped(0, QueueState(5, 3 | 1 << 15))
+    reply = talk.backend.finish()
+    assert reply is not None and reply.payload == state(0, 5 | 3 << 16 | 1 << 31)
+    talk.send(abi.VHOST_USER_SET_VRING_BASE, state(0, 0x8007_0002))
+    talk.send(abi.VHOST_USER_SET_VRING_KICK, u64(0), 1)
+    setup = talk.setup()
+    assert setup is not None and setup.base == QueueState(2, 0x8007)
+    talk.end()

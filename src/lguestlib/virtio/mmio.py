@@ -14,7 +14,7 @@ from lguestlib.memory.address import GuestAddress
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.effects import DriverReady, Effect, Notify, QueueReady, QueueStop, Reset
 from lguestlib.virtio.features import Feature
-from lguestlib.virtio.layout import QueueLayout
+from lguestlib.virtio.layout import QueueLayout, size_possible
 from lguestlib.virtio.status import Status, advance
 
 MAGIC = int.from_bytes(b"virt", "little")
@@ -223,7 +223,7 @@ class MmioTransport:
         queue = self._settable()
         if queue is None:
             return
-        if 0 < value <= self._queue_num_max() and not value & (value - 1):
+        if value <= self._queue_num_max() and size_possible(value, self.features):
             queue.size = value
         else:
             self.refused += 1
