@@ -218,7 +218,7 @@ HEADERS = {
     ),
     "virtio_console": Header(("linux/virtio_console.h",)),
     "virtio_ids": Header(("linux/virtio_ids.h",)),
-    "virtio_mmio": Header(("linux/virtio_mmio.h",)),
+    "virtio_mmio": Header(("linux/virtio_mmio.h",), newer={"VIRTIO_MMIO_QUEUE_RESET": 0x0C0}),  # virtio 1.3, 4.2.2
     "virtio_net": Header(
         ("linux/virtio_net.h",),
         spelled={"virtio_net_ctrl_hdr.class_": "class"},

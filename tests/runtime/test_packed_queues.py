@@ -5,6 +5,7 @@ import os
 import random
 import select
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 from runtime.rigs import Rig, eventually, nothing_left
@@ -17,7 +18,7 @@ from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.backend.file import FileDisk
 from lguestlib.runtime.device_runner import DeviceRunner
-from lguestlib.runtime.inprocess.driver import GuestDevice, Pages
+from lguestlib.runtime.inprocess.driver import GuestDevice, GuestQueue, Pages
 from lguestlib.runtime.queue_thread import QueueEnds
 from lguestlib.virtio import errors
 from lguestlib.virtio.chain import Chain
@@ -205,3 +206,33 @@ def test_packed_rings_are_offered_where_somebody_chooses_and_else_nowhere() -> N
     assert not device.offered & Feature.RING_PACKED
     device.withheld = 0
     assert device.offered & Feature.RING_PACKED
+
+
+def _reaped(queue: GuestQueue) -> bool:
+    return bool(queue.reap())
+
+
+@pytest.mark.parametrize("kind", [0, int(Feature.RING_PACKED)], ids=["split", "packed"])
+def test_t4_a_queue_begins_anew_while_the_other_goes_on(kind: int) -> None:
+    slow, lines = Slow(), list[str]()
+    slow.go.set()
+    slow.withheld = 0
+    memory = GuestMemory.anonymous(1 << 20)
+    runner = DeviceRunner(slow, memory, lines.append)
+    guest = GuestDevice("slow", runner, memory, Pages(GuestAddress(0x1000)), kind | int(Feature.RING_RESET))
+    guest.start()
+    assert guest.features & Feature.RING_RESET and guest.features & Feature.RING_PACKED == kind
+    said, room = Buffer(GuestAddress(0x8_0000), 8), Buffer(GuestAddress(0x9_0000), 8)
+    for turn in range(10):
+        for queue in guest.queues:
+            queue.submit([said], [room], room)
+            eventually(partial(_reaped, queue), "the answer")
+        # Its thread ends, the ring is cleared, and another thread begins at its start.
+        queue = guest.queues[turn % 2]
+        guest.driver.reset_queue(queue.layout.index)
+        queue.start(memory, guest.features)
+        guest.driver.enable_queue(queue.layout)
+    guest.stop()
+    runner.close()
+    memory.close()
+    assert lines == []

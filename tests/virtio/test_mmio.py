@@ -175,7 +175,7 @@ def test_t5_an_acknowledgement_clears_what_was_written_and_nothing_else() -> Non
 
 
 def test_t1_features_not_offered_are_not_negotiated() -> None:
-    offered = int(RING_FEATURES) | 1 << 0 | 1 << 5
+    offered = int(RING_FEATURES | Feature.RING_RESET) | 1 << 0 | 1 << 5
     for bit in range(64):
         driver = Driver()
         got = driver.negotiate(int(Feature.VERSION_1) | 1 << bit)
@@ -517,3 +517,47 @@ def test_t1_t5_t6_any_sequence_of_accesses_leaves_a_state_the_specification_know
         assert bool(status & OK) is owner.alive, (seed, step)
     assert {Status(0), A, A | D, NEGOTIATED, ALIVE} <= states
     assert owner.seen == {DriverReady, QueueReady, QueueStop, Reset, Notify}
+
+
+RESET = 0x0C0
+
+
+def test_t4_a_queue_is_reset_by_itself_where_that_was_agreed_on() -> None:
+    driver = Driver()
+    assert driver.negotiate(int(RING_FEATURES | Feature.RING_RESET)) == NEGOTIATED
+    driver.set_up(0)
+    driver.put(0x044, 1)
+    driver.set_up(1)
+    assert driver.put(RESET, 1) is None and driver.transport.refused == 1
+    driver.put(0x030, 0)
+    assert driver.put(RESET, 0) is None and driver.transport.refused == 2
+    assert driver.put(RESET, 1) == QueueStop(0)
+    driver.transport.queue_stopped(0)
+    assert driver.get(RESET) == driver.get(0x044) == 0 and driver.transport.refused == 2
+    # It is set up anew, and of another size perhaps.
+    driver.set_up(0, 2)
+    assert driver.put(0x044, 1) == QueueReady(driver.transport.layouts[0])
+    assert driver.transport.layouts[0].size == 2
+
+
+def test_t4_no_queue_is_reset_where_it_was_not_agreed_on() -> None:
+    driver = Driver()
+    driver.negotiate()
+    driver.set_up(0)
+    driver.put(0x044, 1)
+    assert driver.put(RESET, 1) is None and driver.get(RESET) == 0
+    assert driver.transport.refused == 2 and driver.get(0x044) == 1
+    assert not MmioTransport(Toy(), False).offered & Feature.RING_RESET
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 8])
+def test_p2_a_packed_queue_may_have_any_size_up_to_its_most(size: int) -> None:
+    for features in (0, Feature.RING_PACKED):
+        driver = Driver()
+        driver.transport.offered |= Feature.RING_PACKED
+        driver.negotiate(int(RING_FEATURES | features))
+        most = driver.get(0x034)
+        driver.set_up(0, size)
+        driver.put(0x044, 1)
+        possible = size <= most and (bool(features) or not size & size - 1)
+        assert driver.transport.layouts[0].size == (size if possible else most)

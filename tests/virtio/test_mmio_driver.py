@@ -79,7 +79,7 @@ def test_a_device_is_brought_up_in_the_order_of_the_specification(bus: Bus) -> N
 
 
 def test_what_is_offered_is_all_64_bits(bus: Bus) -> None:
-    assert MmioDriver(bus).offered() == bus.transport.offered == int(RING_FEATURES) | 1 << 5 | 1
+    assert MmioDriver(bus).offered() == bus.transport.offered == int(RING_FEATURES | Feature.RING_RESET) | 1 << 5 | 1
 
 
 @pytest.mark.parametrize(

@@ -13,3 +13,5 @@ class Feature(IntFlag):
     RING_EVENT_IDX = 1 << virtio_ring.VIRTIO_RING_F_EVENT_IDX
     VERSION_1 = 1 << virtio_config.VIRTIO_F_VERSION_1
     RING_PACKED = 1 << virtio_config.VIRTIO_F_RING_PACKED
+    IN_ORDER = 1 << virtio_config.VIRTIO_F_IN_ORDER
+    RING_RESET = 1 << virtio_config.VIRTIO_F_RING_RESET

@@ -43,7 +43,8 @@ class MmioTransport:
     def __init__(self, device: Device, note: bool = True) -> None:
         self.device = device
         self._noted = note
-        self.offered = device.offered
+        # Another process's queues begin anew with the device alone.
+        self.offered = device.offered | (int(Feature.RING_RESET) if note else 0)
         self.refused = 0
         """Accesses the specification does not allow, all of them ignored."""
         self._maxima = [queue.size for queue in device.queues()]
@@ -156,6 +157,7 @@ class MmioTransport:
             abi.VIRTIO_MMIO_SHM_LEN_HIGH: lambda: 0xFFFF_FFFF,
             abi.VIRTIO_MMIO_SHM_BASE_LOW: lambda: 0xFFFF_FFFF,
             abi.VIRTIO_MMIO_SHM_BASE_HIGH: lambda: 0xFFFF_FFFF,
+            abi.VIRTIO_MMIO_QUEUE_RESET: self._queue_reset,
             abi.VIRTIO_MMIO_CONFIG_GENERATION: self._config_generation,
         }
 
@@ -171,6 +173,7 @@ class MmioTransport:
             abi.VIRTIO_MMIO_INTERRUPT_ACK: self._acknowledge,
             abi.VIRTIO_MMIO_STATUS: self._set_status,
             abi.VIRTIO_MMIO_SHM_SEL: lambda value: None,
+            abi.VIRTIO_MMIO_QUEUE_RESET: self._reset_queue,
         }
         for low in (
             abi.VIRTIO_MMIO_QUEUE_DESC_LOW, abi.VIRTIO_MMIO_QUEUE_AVAIL_LOW, abi.VIRTIO_MMIO_QUEUE_USED_LOW,
@@ -248,6 +251,19 @@ class MmioTransport:
             return None
         self._queues[self._selected].ready = True
         return QueueReady(self._layout(self._selected))
+
+    def _queue_reset(self) -> int:
+        # It is over when the write that begins it is.
+        self.refused += not self.features & Feature.RING_RESET
+        return 0
+
+    def _reset_queue(self, value: int) -> Effect | None:
+        """Stop the queue, which may be set up anew then (virtio 1.3, 2.6.1; T4)."""
+        queue = self._queue()
+        if value != 1 or queue is None or not queue.ready or not self.features & Feature.RING_RESET:
+            self.refused += 1
+            return None
+        return QueueStop(self._selected)
 
     def _layout(self, index: int) -> QueueLayout:
         queue = self._queues[index]

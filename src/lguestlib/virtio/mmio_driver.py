@@ -92,6 +92,15 @@ class MmioDriver:
         if not self._get(abi.VIRTIO_MMIO_QUEUE_READY):
             raise DeviceRefused(f"virtio-mmio: the device does not enable queue {layout.index}")
 
+    def reset_queue(self, index: int) -> None:
+        """Have the device stop using queue *index*, which may be enabled anew (virtio 1.3, 2.6.1; RING_RESET)."""
+        self._put(abi.VIRTIO_MMIO_QUEUE_SEL, index)
+        self._put(abi.VIRTIO_MMIO_QUEUE_RESET, 1)
+        for _ in range(READS_MAX):
+            if not self._get(abi.VIRTIO_MMIO_QUEUE_RESET):
+                return
+        raise DeviceRefused(f"virtio-mmio: the device does not finish the reset of queue {index}")
+
     def ready(self) -> None:
         """DRIVER_OK: the device is live from here."""
         self._set_status(self.status | Status.DRIVER_OK)
