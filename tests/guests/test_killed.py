@@ -42,6 +42,10 @@ RAW: dict[str, tuple[str, ...]] = {
 Requests to "direct", where its file system has O_DIRECT, come back in any order.
 """
 
+PACKED = ("two", "direct", "processes", "tools")
+"""Those with packed rings, where there are both kinds."""
+
+
 class Moment(NamedTuple):
     """As a thread enters such a *call* for that *disk*, or any; it is one of the first *within*."""
 
@@ -117,7 +121,8 @@ def tools(tmp_path: Path) -> Path:
     return image
 
 
-def test_t17_nothing_is_lost_when_a_back_end_is_killed_under_load(tmp_path: Path, tools: Path) -> None:
+@pytest.mark.parametrize("rings", ["both", "split", "packed"] if LONG else ["both"])
+def test_t17_nothing_is_lost_when_a_back_end_is_killed_under_load(tmp_path: Path, tools: Path, rings: str) -> None:
     uring_or_skip()
     chance = Random(5)
     images = {name: sparse(tmp_path / f"{name}.img", RAW_SIZE) for name in RAW}
@@ -130,7 +135,9 @@ def test_t17_nothing_is_lost_when_a_back_end_is_killed_under_load(tmp_path: Path
         socket = tmp_path / f"{name}.sock"
         words += ["blk", "--socket-path", str(socket), "--blk-file", str(tmp_path / f"{name}.img"), *more]
         queues = 2 if "--num-queues" in more else 1
-        devices.append(SocketDevice("blk", socket, f"num-queues={queues}", "reconnect=1"))
+        packed = rings == "packed" or rings == "both" and name in PACKED
+        state = "on" if packed else "off"
+        devices.append(SocketDevice("blk", socket, f"num-queues={queues},packed={state}", "reconnect=1"))
     names = {name: f"/dev/vd{'abcdefg'[number]}" for number, name in enumerate(options)}
     subprocess.run(["mke2fs", "-q", "-t", "ext4", images["system"]], check=True)
 

@@ -17,7 +17,7 @@ from lguestlib.abi import virtio_blk as blk
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.backend.file import FileDisk
-from lguestlib.runtime.device_runner import DeviceRunner
+from lguestlib.runtime.mmio_runner import MmioDeviceRunner
 from lguestlib.runtime.inprocess.driver import GuestDevice, GuestQueue, Pages
 from lguestlib.runtime.queue_thread import QueueEnds
 from lguestlib.virtio import errors
@@ -174,7 +174,7 @@ def test_a_driver_on_virtio_mmio_has_a_packed_ring_of_any_size_where_it_is_offer
     slow.go.set()
     slow.withheld = 0
     memory = GuestMemory.anonymous(1 << 20)
-    runner = DeviceRunner(slow, memory, lines.append)
+    runner = MmioDeviceRunner(slow, memory, lines.append)
     guest = GuestDevice("slow", runner, memory, Pages(GuestAddress(0x1000)), int(Feature.RING_PACKED))
     for queue in guest.queues:
         queue.layout = dataclasses.replace(queue.layout, size=size)
@@ -218,7 +218,7 @@ def test_t4_a_queue_begins_anew_while_the_other_goes_on(kind: int) -> None:
     slow.go.set()
     slow.withheld = 0
     memory = GuestMemory.anonymous(1 << 20)
-    runner = DeviceRunner(slow, memory, lines.append)
+    runner = MmioDeviceRunner(slow, memory, lines.append)
     guest = GuestDevice("slow", runner, memory, Pages(GuestAddress(0x1000)), kind | int(Feature.RING_RESET))
     guest.start()
     assert guest.features & Feature.RING_RESET and guest.features & Feature.RING_PACKED == kind

@@ -799,7 +799,7 @@ def test_t17_the_inflight_record_is_made_for_the_rings_and_the_size_asked_for(le
     payload = inflight(2, 16, 77, 88)[:length]
     (expected,) = range(101, 102)
     reply = talk.send(abi.VHOST_USER_GET_INFLIGHT_FD, payload)
-    assert talk.effects == [NewInflight(2, 16)]
+    assert talk.effects == [NewInflight(area_size(2, 16))]
     assert reply is not None and reply.fds == (expected,)
     assert reply.payload == inflight(2, 16, area_size(2, 16), 0)[:length]
     talk.end()
@@ -811,7 +811,7 @@ def test_t17_the_inflight_record_is_taken_back(length: int) -> None:
     size = area_size(2, 16)
     payload = inflight(2, 16, size, 0x40)[:length]
     effect = talk.effect(abi.VHOST_USER_SET_INFLIGHT_FD, payload, 1)
-    assert effect == MapInflight(Area(101, size, 0x40), 2, 16)
+    assert effect == MapInflight(Area(101, size, 0x40), size, 16, 0)
     assert "too few" in talk.refused(abi.VHOST_USER_SET_INFLIGHT_FD, inflight(2, 16, size - 1)[:length], 1)
     assert "rings are served" in running().refused(abi.VHOST_USER_SET_INFLIGHT_FD, payload, 1)
 

@@ -7,7 +7,8 @@ from lguestlib.memory.guest import GuestMemory
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.errors import QueueStateError
 from lguestlib.virtio.features import Feature
-from lguestlib.virtio.inflight import InflightRecord
+from lguestlib.virtio.inflight import InflightRecord, area_size, part_of
+from lguestlib.virtio.inflight_packed import PackedInflightRecord, packed_area_size, packed_part_of
 from lguestlib.virtio.layout import QueueLayout, RingIndex
 from lguestlib.virtio.packed_device import PackedDeviceQueue
 from lguestlib.virtio.queue_log import QueueLog
@@ -59,21 +60,42 @@ class DeviceQueue(Protocol):
         """Let go of guest memory; the queue and its chains are of no use after."""
 
 
+AnyInflightRecord = InflightRecord | PackedInflightRecord
+
+
+def inflight_area_size(queues: int, size: int, features: int) -> int:
+    """Bytes of the records of so many *queues*, each of *size* descriptors at most, of the kind *features* say."""
+    return (packed_area_size if features & Feature.RING_PACKED else area_size)(queues, size)
+
+
+def inflight_record(index: int, area: memoryview, size: int, features: int) -> AnyInflightRecord:
+    """The record of queue *index* in *area*, where those for *size* descriptors are, of the kind *features* say.
+
+    Raises ValueError where the area does not hold it.
+    """
+    if features & Feature.RING_PACKED:
+        return PackedInflightRecord(index, packed_part_of(area, index, size), size)
+    return InflightRecord(index, part_of(area, index, size), size)
+
+
 def new_device_queue(
     layout: QueueLayout,
     memory: GuestMemory,
     features: int,
     state: QueueState | None = None,
     *,
-    inflight: InflightRecord | None = None,
+    inflight: AnyInflightRecord | None = None,
     log: QueueLog | None = None,
 ) -> DeviceQueue:
     """The device's end of the ring at *layout*, of the kind that the negotiated *features* say.
 
-    It goes on from *state*; None is a new ring.  Raises as the classes do.
+    It goes on from *state*; None is a new ring.  *inflight* is of that kind, too.
+    Raises as the classes do.
     """
     if features & Feature.RING_PACKED:
-        return PackedDeviceQueue(layout, memory, features, state, log=log)
+        assert not isinstance(inflight, InflightRecord)
+        return PackedDeviceQueue(layout, memory, features, state, inflight=inflight, log=log)
+    assert not isinstance(inflight, PackedInflightRecord)
     begun = state or QueueState.start(features)
     if begun.used:
         raise QueueStateError(layout.index, begun.available, begun.used, layout.size)

@@ -34,8 +34,9 @@ from lguestlib.memory.guest import GuestMemory
 from lguestlib.virtio import errors
 from lguestlib.virtio.chain import LENGTH_MAX, Chain
 from lguestlib.virtio.features import Feature
+from lguestlib.virtio.inflight_packed import PackedInflightRecord
 from lguestlib.virtio.layout import DescriptorIndex, QueueLayout
-from lguestlib.virtio.packed_chain import FIRST, buffer_id, read_row, walk_row
+from lguestlib.virtio.packed_chain import FIRST, PackedDescriptor, buffer_id, read_row, walk_row
 from lguestlib.virtio.packed_ring import (
     AVAIL,
     BOTH,
@@ -65,9 +66,13 @@ class PackedDeviceQueue:
     """The device's end of the packed ring at *layout* in *memory*.
 
     *features* are the negotiated ones.  *state* is where to go on; None for a new
-    ring, and so are zeros for a ring that was never used.  With *log*, what the
-    device writes is marked there.  Raises QueueLayoutError, QueueStateError,
-    DirtyLogTooSmall.
+    ring, and so are zeros for a ring that was never used.
+
+    With *inflight*, the queue goes on where that record's last device ended: what
+    it had in flight comes first, whatever *state* is.  A malformed chain is not gone
+    past then: it stays the next in turn.  With *log*, what the device writes is
+    marked there.  The record is the queue's to `release`, unless this raises:
+    QueueLayoutError, QueueStateError, InflightRecordError, DirtyLogTooSmall.
     """
 
     __slots__ = (
@@ -76,7 +81,7 @@ class PackedDeviceQueue:
         "_indirect", "_event_idx", "_fence", "_order",
         "_next", "_available", "_used", "_returned", "_out", "_half",
         "_signal_once", "_fault", "_fault_slots", "_chains",
-        "_home", "_home_base", "_home_size", "_log", "_ring_at", "_event_at",
+        "_home", "_home_base", "_home_size", "_inflight", "_log", "_ring_at", "_event_at",
     )  # fmt: skip
 
     def __init__(
@@ -86,6 +91,7 @@ class PackedDeviceQueue:
         features: int,
         state: QueueState | None = None,
         *,
+        inflight: PackedInflightRecord | None = None,
         log: QueueLog | None = None,
     ) -> None:
         self.index = layout.index
@@ -112,6 +118,20 @@ class PackedDeviceQueue:
         if not begun.base and not any(flags & USED for flags in self._flags.tolist()):
             # User-mode Linux says so of a new ring; at this place of a ring in use there is a used element.
             self._next = self._used = 0
+        # Descriptors of the chains in flight.
+        self._out = 0
+        self._inflight = inflight
+        if inflight is not None:
+            try:
+                resumed = inflight.recover(size, self._used, self._flags)
+            except errors.QueueError:
+                for view in (self._flags, self._ids, self._descriptors, words):
+                    view.release()
+                views.release()
+                raise
+            if resumed is not None:
+                self._used, self._out = resumed
+                self._next = (self._used + self._out) % (2 * size)
         self._lengths = self._descriptors.cast("I")[2::4]
         self._driver_event = views.slice(layout.available, _EVENT_SIZE).cast("H")
         self._device_event = views.slice(layout.used, _EVENT_SIZE).cast("H")
@@ -125,8 +145,6 @@ class PackedDeviceQueue:
         self._available = AVAIL if self._next < size else USED
         # Descriptors passed over by used elements since `should_interrupt` last looked.
         self._returned = 0
-        # Descriptors of the chains in flight.
-        self._out = 0
         # Descriptors the last pop took of half of what there was: by now they may be back with the driver.
         self._half = 0
         self._log, self._ring_at, self._event_at = log, layout.descriptors, layout.used
@@ -153,7 +171,7 @@ class PackedDeviceQueue:
         """Whether `pop_many` would find anything, a fault included; for a look now and then."""
         next_ = self._next
         flags: int = self._flags[next_ if next_ < self.size else next_ - self.size]
-        return flags & BOTH == self._available
+        return flags & BOTH == self._available or self._inflight is not None and bool(self._inflight.waiting)
 
     def pop(self) -> Chain | None:
         """The next available chain, or None.  Raises ChainError as `pop_many`."""
@@ -175,6 +193,9 @@ class PackedDeviceQueue:
             self._pass_over(self._fault_slots)
             # Or each raising would add to it.
             raise fault.with_traceback(None)
+        inflight = self._inflight
+        if inflight is not None and inflight.waiting:
+            return self._pop_waiting(inflight, limit)
         size, next_ = self.size, self._next
         slot = next_ if next_ < size else next_ - size
         flags: int = self._flags[slot]
@@ -191,14 +212,19 @@ class PackedDeviceQueue:
             del announced[count + self._half + 1 >> 1 :]
         popped: list[Chain] = []
         try:
-            slots = self._decode_each(slot, announced, limit, popped)
+            if inflight is None:
+                slots = self._decode_each(slot, announced, limit, popped)
+            else:
+                slots = self._decode_recorded(inflight, slot, announced, limit, popped)
         except errors.ChainError as error:
             if not popped:
-                self._pass_over(self._fault_slots)
+                if inflight is None:
+                    self._pass_over(self._fault_slots)
                 raise
-            # The good ones before it come first; what was found is reported all the same (S29).
-            error.__traceback__ = error.__context__ = None
-            self._fault = error
+            if inflight is None:
+                # The good ones before it come first; what was found is reported all the same (S29).
+                error.__traceback__ = error.__context__ = None
+                self._fault = error
             slots = sum([chain.slots for chain in popped])
         self._out += slots
         if half:
@@ -345,7 +371,38 @@ class PackedDeviceQueue:
         size, first = self.size, DescriptorIndex(slot)
         row = read_row(self._descriptors, size, slot, flags)
         self._fault_slots = len(row)
-        number = buffer_id(self.index, first, row, size, free)
+        return self._judge(first, row, free)
+
+    def _decode_recorded(
+        self, inflight: PackedInflightRecord, slot: int, announced: list[int], limit: int, popped: list[Chain]
+    ) -> int:
+        """As `_decode_each`, and the chains are in the record when this returns or raises."""
+        size, at = self.size, 0
+        while at < len(announced) and len(popped) < limit and announced[at] & BOTH == self._available:
+            first = (slot + at) % size
+            # Those behind the ring's end as they are there, which is what the record has to say.
+            flags = announced[at] if slot + at < size else announced[at] ^ BOTH
+            row = read_row(self._descriptors, size, first, flags)
+            popped.append(self._judge(DescriptorIndex(first), row, size - self._out - at))
+            inflight.take(row)
+            at += len(row)
+        return at
+
+    def _pop_waiting(self, inflight: PackedInflightRecord, limit: int) -> Sequence[Chain]:
+        """`pop_many` while chains wait that were in flight already, marked as they are."""
+        popped: list[Chain] = []
+        try:
+            for row in inflight.waiting[:limit]:
+                popped.append(self._judge(DescriptorIndex(0), row, self.size))
+        except errors.ChainError:
+            if not popped:
+                raise
+        inflight.resume(len(popped))
+        return popped
+
+    def _judge(self, first: DescriptorIndex, row: list[PackedDescriptor], free: int) -> Chain:
+        """The chain of the descriptors in *row*, checked."""
+        number = buffer_id(self.index, first, row, self.size, free)
         chain = self._chains[number]
         if chain.in_flight:
             raise errors.BufferIdInFlight(self.index, first, number)
@@ -359,10 +416,13 @@ class PackedDeviceQueue:
 
     def put_back(self, chains: Sequence[Chain]) -> None:
         """Return *chains*, the last ones popped and none of them begun: they are available again."""
-        slots = 0
         for chain in chains:
             chain.in_flight = False
-            slots += chain.slots
+        if self._inflight is not None:
+            # What the record brought is the first to come again, and stays marked.
+            given = self._inflight.give_back([chain.head for chain in chains])
+            chains = [chain for chain in chains if chain.head in given]
+        slots = sum([chain.slots for chain in chains])
         self._out -= slots
         self._pass_over(2 * self.size - slots)
         # It comes behind them, and is found again.
@@ -383,6 +443,26 @@ class PackedDeviceQueue:
         Of chains that are refused, and those after them, none is returned.  The
         flags of the first element are written last, before them the others'.
         """
+        inflight = self._inflight
+        if inflight is None:
+            self._push_many(chains)
+            return
+        good: dict[DescriptorIndex, Chain] = {}
+        refused: Chain | None = None
+        for chain in chains:
+            if not chain.in_flight or chain.head in good or not 0 <= chain.written <= chain.writable_length:
+                refused = chain
+                break
+            good[chain.head] = chain
+        if good:
+            slots = sum([chain.slots for chain in good.values()])
+            inflight.returning(good, (self._used + slots) % (2 * self.size))
+            self._push_many(list(good.values()))
+            inflight.returned(good)
+        if refused is not None:
+            raise self._refuse(refused, refused.written)
+
+    def _push_many(self, chains: Sequence[Chain]) -> None:
         size, used = self.size, self._used
         flags, ids, lengths, log = self._flags, self._ids, self._lengths, self._log
         slot, lap = (used, BOTH) if used < size else (used - size, 0)
@@ -484,3 +564,5 @@ class PackedDeviceQueue:
         ):  # fmt: skip
             view.release()
         self._memory.release()
+        if self._inflight is not None:
+            self._inflight.release()

@@ -17,7 +17,6 @@ from lguestlib.runtime.vhost_user.rings import Rings, RingsLost, ServedRing
 from lguestlib.runtime.vhost_user.stream import MessageStream, close_all
 from lguestlib.virtio.device import Device, Queue
 from lguestlib.virtio.errors import VirtioError
-from lguestlib.virtio.inflight import area_size
 from lguestlib.virtio.vhost_user.backend import (
     LOG_ALL,
     PROTOCOL_FEATURES,
@@ -159,8 +158,8 @@ class Conversation:
                 self._recovered()
                 self._deactivate()
                 self._rings.forget_inflight()
-            case NewInflight(queues, size):
-                return memfd.memfd("vhost-user-inflight", area_size(queues, size))
+            case NewInflight(length):
+                return memfd.memfd("vhost-user-inflight", length)
         return 0
 
     def _arrange_served(self) -> None:

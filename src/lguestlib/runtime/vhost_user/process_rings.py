@@ -375,6 +375,10 @@ class ProcessRings:
 
     def take(self, effect: MapMemory | MapLog | MapInflight, message: Message) -> None:
         _check(effect)
+        if isinstance(effect, MapInflight) and effect.features:
+            # A process is told of them when its ring starts, and has to know of which kind the record is.
+            for link in self._links:
+                link.ask(iter([link.requests.set_features(effect.features)]))
         asked = [(link, link.send(link.requests.passed_on(message))) for link in self._links]
         refused = 0
         for link, each in asked:

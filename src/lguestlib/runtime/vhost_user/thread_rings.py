@@ -21,8 +21,7 @@ from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.transfer_thread import TransferThread
 from lguestlib.runtime.vhost_user.rings import OnFailure
 from lguestlib.virtio.device import Queue
-from lguestlib.virtio.device_queue import DeviceQueue, new_device_queue
-from lguestlib.virtio.inflight import InflightRecord, area_size, part_of
+from lguestlib.virtio.device_queue import DeviceQueue, inflight_record, new_device_queue
 from lguestlib.virtio.queue_log import QueueLog
 from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.vhost_user.backend import (
@@ -101,8 +100,8 @@ class ThreadRings:
                 before, self._log = self._log, DirtyLog(area.fd, area.size, area.offset)
                 if before:
                     self._replaced.append(before)
-            case MapInflight(area, queues, size):
-                self._record_in(area, queues, size)
+            case MapInflight(area, length, size, _):
+                self._record_in(area, length, size)
 
     def _map(self, change: MapMemory) -> None:
         """Exchange the guest's memory: threads take it between two chains; the old goes when none uses it (T12)."""
@@ -123,11 +122,11 @@ class ThreadRings:
         ]
         self._regions, self._memory = regions, memory
 
-    def _record_in(self, area: Area, queues: int, size: int) -> None:
+    def _record_in(self, area: Area, length: int, size: int) -> None:
         before = self._inflight
         check_held(area.fd, area.size, area.offset)
         # Not all of the area, whose length is the front-end's.
-        mapping, skip = map_shared(area.fd, area_size(queues, size), area.offset)
+        mapping, skip = map_shared(area.fd, length, area.offset)
         self._inflight = mapping, skip, size
         if before:
             before[0].close()
@@ -173,7 +172,7 @@ class ThreadRings:
         if self._inflight:
             mapping, skip, size = self._inflight
             with memoryview(mapping) as whole, whole[skip:] as area:
-                record = InflightRecord(index, part_of(area, index, size), size)
+                record = inflight_record(index, area, size, setup.features)
         if self._log and (setup.features & LOG_ALL or setup.log_used is not None):
             log = QueueLog(self._log, bool(setup.features & LOG_ALL), setup.log_used)
         try:

@@ -23,8 +23,8 @@ from lguestlib.abi import vhost_user as abi
 from lguestlib.abi.layout import size_of
 from lguestlib.memory.address import GuestAddress, UserAddress
 from lguestlib.virtio.device import Device
+from lguestlib.virtio.device_queue import inflight_area_size
 from lguestlib.virtio.features import Feature
-from lguestlib.virtio.inflight import area_size
 from lguestlib.virtio.layout import QUEUE_SIZE_MAX, QueueLayout, size_possible
 from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.status import Status
@@ -102,19 +102,22 @@ class MapLog:
 
 @dataclass(frozen=True)
 class NewInflight:
-    """Make a record for so many rings of this size; the result is its file (`area_size` tells how long)."""
+    """Make room for a record of requests in flight, of so many bytes; the result is its file."""
 
-    queues: int
-    size: int
+    length: int
 
 
 @dataclass(frozen=True)
 class MapInflight:
-    """Requests in flight are recorded here, for so many rings of this size."""
+    """Requests in flight are recorded in the first *length* bytes here, for rings of this *size*.
+
+    The *features* so far say what kind of ring.
+    """
 
     area: Area
-    queues: int
+    length: int
     size: int
+    features: int
 
 
 Effect = MapMemory | Arrange | StopQueue | Reset | MapLog | NewInflight | MapInflight
@@ -426,27 +429,24 @@ class BackEnd:
 
     def _get_inflight_fd(self, message: Message) -> Effect | None:
         wire = self._inflight(message)
-        # There is no record of packed rings, which a size of 0 says.
-        return None if self.features & Feature.RING_PACKED else NewInflight(wire.num_queues, wire.queue_size)
+        return NewInflight(inflight_area_size(wire.num_queues, wire.queue_size, self.features))
 
     def _reply_inflight(self, message: Message, result: int) -> tuple[bytes, tuple[int, ...]]:
         wire = self._inflight(message)
-        if self.features & Feature.RING_PACKED:
-            return bytes(wire)[: len(message.payload)], ()
-        wire.mmap_size, wire.mmap_offset = area_size(wire.num_queues, wire.queue_size), 0
+        wire.mmap_size = inflight_area_size(wire.num_queues, wire.queue_size, self.features)
+        wire.mmap_offset = 0
         return bytes(wire)[: len(message.payload)], (result,)
 
     def _set_inflight_fd(self, message: Message) -> Effect | None:
         wire = self._inflight(message)
         if not self.idle:
             raise ProtocolError("SET_INFLIGHT_FD: rings are served")
-        if self.features & Feature.RING_PACKED:
-            raise ProtocolError("SET_INFLIGHT_FD: there is no record of packed rings")
-        if wire.mmap_size < area_size(wire.num_queues, wire.queue_size):
+        length = inflight_area_size(wire.num_queues, wire.queue_size, self.features)
+        if wire.mmap_size < length:
             raise ProtocolError(f"SET_INFLIGHT_FD: {wire.mmap_size} bytes are too few")
         self._generation += 1
         area = Area(message.fds[0], wire.mmap_size, wire.mmap_offset)
-        return MapInflight(area, wire.num_queues, wire.queue_size)
+        return MapInflight(area, length, wire.queue_size, self.features)
 
     def _reset_device(self, message: Message) -> Effect | None:
         self._forget()
