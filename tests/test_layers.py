@@ -234,3 +234,19 @@ def test_a_lower_layer_loads_nothing_of_the_upper_ones(package: str) -> None:
     ).format(package)
     loaded = set(interpreters.run([sys.executable], "-c", program).split())
     assert loaded == set(LAYERS[: LAYERS.index(package) + 1])
+
+
+FORKS = {"lguestlib/runtime/probe.py"}
+"""`probe` has one thread, and looks in a child at what would change the process for good."""
+
+
+def test_y8_nothing_forks() -> None:
+    """A fork copies one thread and every lock: what the others held stays held for ever."""
+    assert [str(each) for each in imports() if each.module.split(".")[0] == "multiprocessing"] == []
+    forking = set()
+    for file in files():
+        for node in ast.walk(ast.parse(file.read_text(), str(file))):
+            name = node.attr if isinstance(node, ast.Attribute) else node.arg if isinstance(node, ast.keyword) else ""
+            if name in ("fork", "forkpty", "preexec_fn"):
+                forking.add(str(file.relative_to(PACKAGE.parent)))
+    assert forking == FORKS
