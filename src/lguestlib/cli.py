@@ -43,6 +43,7 @@ from lguestlib.runtime.trace import Tracer, chrome_trace
 
 if TYPE_CHECKING:
     from lguestlib.runtime.vhost_user.serve import ServedDevice
+    from lguestlib.virtio.conformance.case import Case
 
 USAGE = 2
 FAILURE = 1
@@ -66,6 +67,7 @@ commands:
   serve    devices for other virtual machines (QEMU, ...), over vhost-user
   ping     let the guest ping the host, and draw the last ping call by call
   probe    what this host offers, and what to do about the rest
+  conform  hold anybody's vhost-user back-end against everything that goes wrong with one
   bench    how fast the rings, the wake-ups, the disk and the network are here
 
 examples:
@@ -73,6 +75,7 @@ examples:
   python -m lguestlib run --block disk.img --exec 'read 0; write 1 hello; flush'
   python -m lguestlib ping --count 100
   python -m lguestlib serve blk --socket-path disk.sock --blk-file disk.img
+  python -m lguestlib conform --socket disk.sock
   python -m lguestlib COMMAND --help                   more about one command
 """
 
@@ -178,6 +181,28 @@ examples:
 """
 
 
+_CONFORM_EXAMPLES = """\
+examples:
+  conform --list                       every case: who can run it, and what demands it
+  conform --socket disk.sock           those that only read
+  conform --socket disk.sock --write   all of them, on a scratch image that may be written to
+  conform --socket disk.sock --only S8,T14,CVE-2022-2132
+  conform --socket net.sock --device net
+  conform --socket disk.sock --start 'exec my-backend --socket disk.sock --image scratch.img'
+  conform --socket a.sock --against b.sock --count 10000 --seed 7
+
+The back-end has to take one connection after another.  A disk has to have 64 KiB, and nobody
+else may write to it; without --write nothing is written to it.  A case is hostile to one
+connection, and may end the process: with --start it is started again.
+
+What counts as a failure is what no device may do, whatever its driver does: die, hang, write
+outside the buffers it was given, say more was written than there is room for, give wrong
+data, lose a request, keep descriptors.  Beside a pass is what the back-end did.
+
+exit status: 0 if nothing has failed (or differs); 1 if something has; 2 for a wrong command line.
+"""
+
+
 class _UsageError(Exception):
     """A wrong command line: one line with the thing, the value and the remedy."""
 
@@ -244,6 +269,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     commands: dict[str, Callable[[list[str]], int]] = {
         "run": _run, "serve": _serve, "ping": _ping, "probe": _probe, "bench": _bench,
+        "conform": _conform,
     }  # fmt: skip
     if command not in commands:
         raise _UsageError(f"{command}: no such command (one of {', '.join(commands)}; --help shows more)")
@@ -826,3 +852,140 @@ def _bench(words: list[str]) -> int:
     if given.json:
         _show(json.dumps([figure._asdict() for figure in figures]))
     return 0
+
+
+def _conform(words: list[str]) -> int:
+    parser = _Parser(
+        "conform",
+        "Hold a vhost-user back-end against a catalogue of what goes wrong with rings and transports.",
+        _CONFORM_EXAMPLES,
+    )
+    parser.add_argument("--socket", metavar="PATH", help="where the back-end listens")
+    parser.add_argument(
+        "--device", choices=("blk", "net", "console", "rng"), default="blk", help="what it is (default blk)"
+    )
+    parser.add_argument("--only", type=_case_names, default=(), metavar="IDS", help="rows, CVEs or names, with commas")
+    parser.add_argument("--write", action="store_true", help="those too that write: the disk is a scratch image")
+    parser.add_argument("--start", metavar="COMMAND", help="start the back-end by this, and again when it has died")
+    parser.add_argument(
+        "--timeout", type=_seconds, default=2.0, metavar="SECONDS", help="how long an answer may take (default 2)"
+    )
+    parser.add_argument("--list", action="store_true", help="show the cases and run none")
+    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--junit", metavar="FILE", help="for test servers")
+    parser.add_argument(
+        "--against", metavar="PATH", help="no cases: random requests to both back-ends, and where they differ"
+    )
+    parser.add_argument("--seed", type=_seed, default=None, metavar="N", help="what replays them")
+    parser.add_argument("--count", type=_count, default=1000, metavar="N", help="how many requests (default 1000)")
+    given = parser.parse_args(words)
+    if given.list:
+        return _list_cases(given)
+    if not given.socket:
+        raise _UsageError("conform: --socket PATH is missing (--list shows the cases without)")
+    if given.against:
+        return _compare(given)
+    if given.seed is not None:
+        raise _UsageError(f"conform: --seed {given.seed} goes with --against PATH")
+    return _examine(given)
+
+
+def _list_cases(given: argparse.Namespace) -> int:
+    from lguestlib.runtime.vhost_user.conform_report import listed
+
+    cases = _cases(given.only)
+    if given.json:
+        _show(json.dumps([
+            {"name": case.name, "ids": list(case.ids), "clause": case.clause, "runners": list(case.runners)}
+            for case in cases
+        ]))  # fmt: skip
+    else:
+        _show("\n".join(map(listed, cases)))
+    return 0
+
+
+def _examine(given: argparse.Namespace) -> int:
+    from lguestlib.runtime.vhost_user.conform import Examination, Result, Unsuitable
+    from lguestlib.runtime.vhost_user.conform_report import junit, line, report, table
+    from lguestlib.runtime.vhost_user.started import StartedBackEnd
+
+    cases = _cases(given.only)
+    results: list[Result] = []
+    with StartedBackEnd(given.start or "", given.socket) as started:
+        if given.start:
+            started.start()
+        try:
+            examination = Examination(
+                given.socket, given.device, given.write, given.timeout, started.start if given.start else None
+            )
+        except Unsuitable as error:
+            raise LaunchError(f"{given.socket}: {error}") from None
+        for result in examination.run(cases):
+            results.append(result)
+            if given.json:
+                _progress(f"{len(results)} of {len(cases)} cases")
+            else:
+                _show(line(result))
+    _progress("")
+    if given.junit:
+        try:
+            with open(given.junit, "w") as file:
+                file.write(junit(results))
+        except OSError as error:
+            raise LaunchError(f"--junit {given.junit}: {error.strerror} (name a file that can be written)") from None
+    if given.json:
+        _show(json.dumps({"socket": given.socket, "device": given.device, "cases": report(results)}))
+    else:
+        _show("\n" + table(results))
+    return 0 if all(result.verdict.is_good for result in results) else FAILURE
+
+
+def _compare(given: argparse.Namespace) -> int:
+    from random import SystemRandom
+
+    from lguestlib.runtime.vhost_user.compare import compare
+    from lguestlib.runtime.vhost_user.conform_session import Skip
+    from lguestlib.virtio.errors import VirtioError
+
+    if given.only or given.junit or given.json or given.start:
+        raise _UsageError("conform --against: it has no cases, only --device, --write, --seed, --count, --timeout")
+    seed = SystemRandom().randrange(1 << 32) if given.seed is None else given.seed
+    writes = " --write" if given.write else ""
+    replay = f"--device {given.device}{writes} --seed {seed} --count {given.count}"
+    differences = done = 0
+    try:
+        for difference in compare(
+            given.socket, given.against, given.device, seed, given.count, given.write, given.timeout
+        ):
+            done += 1
+            if difference:
+                differences += 1
+                _show(str(difference))
+            elif not done % 64:
+                _progress(f"{done} of {given.count} requests")
+    except (VirtioError, Skip) as error:
+        _progress("")
+        raise LaunchError(f"{error} (again: {replay})") from None
+    _progress("")
+    _show(f"{done} requests, {differences} answered differently (again: {replay})")
+    return FAILURE if differences else 0
+
+
+def _cases(only: Sequence[str]) -> "list[Case]":
+    from lguestlib.virtio.conformance.catalogue import select
+
+    for each in only:
+        if not list(select([each])):
+            raise _UsageError(f"--only {each}: no such case (--list shows them)")
+    return list(select(only))
+
+
+def _case_names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _seed(text: str) -> int:
+    seed = _number(text, 0, (1 << 64) - 1)
+    if seed is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 18446744073709551615")
+    return seed

@@ -15,7 +15,7 @@ from lguestlib import cli
 from lguestlib.runtime.guest import image_path
 
 USAGE = [
-    (["nonsense"], "nonsense: no such command (one of run, serve, ping, probe, bench; --help shows more)"),
+    (["nonsense"], "nonsense: no such command (one of run, serve, ping, probe, bench, conform; --help shows more)"),
     (["--nonsense"], "--nonsense: no such command (one of "),
     (["run", "--nonsense"], "unrecognized arguments: --nonsense (python -m lguestlib run --help shows how)"),
     (["run", "--memory"], "argument --memory: expected one argument ("),

@@ -25,7 +25,7 @@ def test_what_was_asked_for_is_on_standard_output(words: list[str]) -> None:
     assert (status, errors) == (0, "") and "lguestlib" in output
 
 
-@pytest.mark.parametrize("command", ["run", "ping", "probe", "bench"])
+@pytest.mark.parametrize("command", ["run", "ping", "probe", "bench", "conform"])
 def test_help_teaches_by_example(command: str) -> None:
     status, output, errors = run(command, "--help")
     assert (status, errors) == (0, "")

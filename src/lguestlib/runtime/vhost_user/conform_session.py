@@ -396,7 +396,7 @@ class Driver:
     """A driver that keeps to every rule, on a ring of *session*: plain requests, and what they come back with."""
 
     def __init__(self, session: Session, index: int, size: int = 32) -> None:
-        self.layout = QueueLayout.contiguous(index, size, _ring_at(index))
+        self.layout = QueueLayout.contiguous(index, size, ring_at(index))
         self.ring: SplitDriverQueue[_Plain] = SplitDriverQueue(self.layout, session.memory, session.features)
         self.written: list[Buffer] = []
         """Where the last request's answer has been written to."""
@@ -561,7 +561,8 @@ def _request(session: Session, at: int, number: int) -> tuple[list[Buffer], list
             return [Buffer(data.address, 1)], [], _Plain(0, None, None, 0)
 
 
-def _ring_at(index: int) -> GuestAddress:
+def ring_at(index: int) -> GuestAddress:
+    """Where the ring of a queue is, unless a case says otherwise."""
     return GuestAddress(START + RING_ROOM * index)
 
 

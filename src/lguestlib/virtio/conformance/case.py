@@ -251,6 +251,11 @@ class Case:
         """ "S3 next just past the table": the first ID and the title."""
         return f"{self.ids[0]} {self.title}"
 
+    @property
+    def runners(self) -> tuple[str, ...]:
+        """Who can run it: "ring" alone, a queue's "thread", "vhost-user", "registers", or this library's "tests"."""
+        return ()
+
 
 @dataclass(frozen=True)
 class RingCase(Case):
@@ -276,12 +281,17 @@ class RingCase(Case):
     events: tuple[Event, ...] = ()
     after: Mapping[At, Content] = field(default_factory=dict)
     demanded: bool = False
-    interrupts: bool = True
 
     @property
     def is_hostile(self) -> bool:
         """Whether the driver breaks a rule in it."""
         return not self.demanded
+
+    @property
+    def runners(self) -> tuple[str, ...]:
+        if any(isinstance(step, Take) for step in self.steps):
+            return ("ring",)
+        return ("ring", "thread", "vhost-user")
 
 
 @dataclass(frozen=True)
@@ -299,6 +309,10 @@ class PackedCase(Case):
     events: tuple[Event, ...] = ()
     after: Mapping[At, Content] = field(default_factory=dict)
     demanded: bool = False
+
+    @property
+    def runners(self) -> tuple[str, ...]:
+        return ("ring",)
 
 
 # Steps of a conversation.
@@ -397,6 +411,10 @@ class ConversationCase(Case):
     served: bool = False
     refused: bool = False
 
+    @property
+    def runners(self) -> tuple[str, ...]:
+        return ("vhost-user",)
+
 
 @dataclass(frozen=True)
 class Access:
@@ -414,9 +432,17 @@ class RegisterCase(Case):
 
     accesses: tuple[Access, ...] = ()
 
+    @property
+    def runners(self) -> tuple[str, ...]:
+        return ("registers",)
+
 
 @dataclass(frozen=True)
 class WatchedCase(Case):
     """What shows only inside this library: *tests* are its tests that run it."""
 
     tests: tuple[str, ...] = ()
+
+    @property
+    def runners(self) -> tuple[str, ...]:
+        return ("tests",)
