@@ -2,9 +2,10 @@
 
 import json
 import os
+import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -13,7 +14,7 @@ from xml.etree import ElementTree
 import pytest
 from runtime.rigs import nothing_left
 from runtime.scripted_back_end import PROTOCOL, ScriptedBackEnd, silence
-from sessions import one_line, run
+from sessions import Session, one_line, run
 from storage_daemon import StorageDaemon
 
 from lguestlib.abi import vhost_user as abi
@@ -23,10 +24,9 @@ from lguestlib.runtime.vhost_user.server import Server
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.conformance.case import Case, ConversationCase, Fault, RingCase
 from lguestlib.virtio.conformance.catalogue import CASES, select
-from lguestlib.virtio.conformance.ring import DISK_SECTORS, MemoryDisk, device_for
+from lguestlib.virtio.conformance.ring import DISK_SECTORS, MemoryDisk
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.devices.block import Block
-from lguestlib.virtio.devices.console import Console
 from lguestlib.virtio.split_device import SplitDeviceQueue
 from lguestlib.virtio.transfer import Transfer
 from lguestlib.virtio.vhost_user.backend import BackEnd, Effect
@@ -73,24 +73,29 @@ def bad(found: list[Result]) -> list[tuple[str, str, str]]:
     return [(each.case.name, each.verdict.value, each.note) for each in found if not each.verdict.is_good]
 
 
-class _Line:
-    """A console that takes everything and has nothing."""
-
-    def read(self, buffers: Sequence[memoryview]) -> int:
-        raise InterruptedError
-
-    def write(self, buffers: Sequence[memoryview]) -> int:
-        return sum(map(len, buffers))
-
-    def size(self) -> tuple[int, int]:
-        return 80, 25
-
-
 # Our own.
 
 
-def test_every_case_that_goes_over_a_socket_passes_against_our_own_disk(path: str) -> None:
-    with nothing_left(), serving(Block(MemoryDisk(), num_queues=2), path):
+@contextmanager
+def served(path: str, *words: str) -> Iterator[None]:
+    """`serve`, a process, with these words."""
+    with Session("serve", words[0], "--socket-path", path, *words[1:]) as session:
+        session.expect("listening on", messages=True)
+        yield
+        session.signal(signal.SIGTERM)
+        assert session.end().status == 0
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> str:
+    """An image as large as it has to be."""
+    image = tmp_path / "disk.img"
+    image.write_bytes(bytes(MemoryDisk().data))
+    return str(image)
+
+
+def test_every_case_that_goes_over_a_socket_passes_against_our_own_disk(path: str, disk: str) -> None:
+    with nothing_left(), served(path, "blk", "--blk-file", disk, "--num-queues", "2"):
         found = results(path, over_a_socket("blk"))
     assert bad(found) == []
     skipped = {each.case.name: each.note for each in found if each.verdict is Verdict.SKIP}
@@ -105,14 +110,10 @@ def test_every_case_that_goes_over_a_socket_passes_against_our_own_disk(path: st
             assert "ring failed" not in each.note and "disconnected" not in each.note, each
 
 
-@pytest.mark.parametrize("kind", ["net", "rng"])
-def test_our_other_devices_pass_what_is_for_them(path: str, kind: str) -> None:
-    (example,) = [case for case in select(["S31 random bytes without end"]) if isinstance(case, RingCase)]
-    applies = example.applies if kind == "rng" else next(
-        case.applies for case in CASES if isinstance(case, RingCase) and case.applies.device == "net"
-    )
-    with serving(device_for(applies), path):
-        found = results(path, over_a_socket(kind), kind)
+@pytest.mark.parametrize("words", [["net", "--loopback"], ["rng"], ["console", "--pty"]], ids=lambda words: words[0])
+def test_our_other_devices_pass_what_is_for_them(path: str, words: list[str]) -> None:
+    with served(path, *words):
+        found = results(path, over_a_socket(words[0]), words[0])
     assert bad(found) == []
     assert sum(each.verdict is Verdict.PASS for each in found) > 80
 
@@ -412,9 +413,3 @@ def test_a_workload_is_the_same_for_the_same_seed() -> None:
     for kind in ("blk", "net", "console", "rng"):
         assert list(workload(kind, 9, 50, True, True)) == list(workload(kind, 9, 50, True, True))
         assert list(workload(kind, 9, 50, True, True)) != list(workload(kind, 10, 50, True, True))
-
-
-def test_our_console_passes_what_is_for_any_device(path: str) -> None:
-    with serving(Console(_Line()), path):
-        found = results(path, over_a_socket("console"), "console")
-    assert bad(found) == []

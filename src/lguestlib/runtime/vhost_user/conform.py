@@ -495,7 +495,8 @@ class _RingCourse:
                 place.describe(step.index, entries[turn & 1])
                 if self._collect() and not self._out.total():
                     break
-            self._settle(_SETTLE_SECONDS)
+            if self._out.total():
+                self._settle(_SETTLE_SECONDS)
             if self._ended or self._out.total():
                 self._notes.append(f"after {number} of {step.rounds}")
                 break
