@@ -121,6 +121,7 @@ HEADERS = {
         },
         unsigned_here=frozenset({"ifreq_ifru.ifru_flags"}),
     ),
+    "pci": Header(("linux/pci_regs.h",)),
     "poll": Header(("asm/poll.h",), unsigned_here=frozenset({"pollfd.events", "pollfd.revents"})),
     "prctl": Header(("linux/prctl.h",), spelled={"NAME_SIZE": "16"}),  # TASK_COMM_LEN, linux/sched.h
     "sched": Header(("linux/sched.h",)),

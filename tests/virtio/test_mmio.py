@@ -4,6 +4,7 @@ from random import Random
 from typing import NamedTuple
 
 import pytest
+from virtio.owner import Owner
 from virtio.statuses import STATES
 from virtio.toy import SIZES, Toy
 
@@ -417,52 +418,6 @@ def test_t3_a_failure_while_the_driver_writes_the_status_is_not_lost(monkeypatch
     monkeypatch.setattr(driver.transport, "_acceptable", acceptable)
     driver.put(abi.VIRTIO_MMIO_STATUS, NEGOTIATED)
     assert driver.get(abi.VIRTIO_MMIO_STATUS) == NEGOTIATED | Status.NEEDS_RESET
-
-
-class Owner:
-    """Does what the transport asks, after a while, and checks that it may be asked that."""
-
-    def __init__(self, random: Random, transport: MmioTransport) -> None:
-        self._random = random
-        self._transport = transport
-        self._stopping: list[int] = []
-        self._resetting = False
-        self.alive = False
-        self.ready: set[int] = set()
-        self.seen: set[type] = set()
-
-    def take(self, effect: Effect | None) -> None:
-        if effect is not None:
-            self.seen.add(type(effect))
-        match effect:
-            case Reset():
-                self._resetting = True
-            case DriverReady(features):
-                assert not self.alive and not self._resetting
-                assert features == self._transport.accepted
-                self.alive = True
-            case QueueReady(layout):
-                assert layout.index not in self.ready and not self._resetting
-                assert 0 < layout.size <= SIZES[layout.index] and not layout.size & layout.size - 1
-                self.ready.add(layout.index)
-            case QueueStop(index):
-                assert index in self.ready
-                self._stopping.append(index)
-            case Notify(index):
-                assert 0 <= index < len(SIZES)
-
-    def act(self) -> None:
-        if self._resetting and self._random.random() < 0.3:
-            self._resetting = self.alive = False
-            self.ready.clear()
-            self._stopping.clear()
-            self._transport.reset_done()
-            assert self._transport.status == 0 and not self._transport.layouts
-        elif self._stopping and self._random.random() < 0.3:
-            index = self._stopping.pop()
-            self._transport.queue_stopped(index)
-            self.ready.discard(index)
-            self._stopping = [other for other in self._stopping if other != index]
 
 
 @pytest.mark.parametrize("seed", range(8))
