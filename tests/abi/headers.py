@@ -232,6 +232,28 @@ HEADERS = {
     ),
     "virtio_pci": Header(("linux/virtio_pci.h",)),
     "virtio_ring": Header(("linux/virtio_ring.h",)),
+    "xen": Header(
+        ("linux/types.h",),
+        text="""
+            /* xen/include/public/arch-x86/hvm/start_info.h, and elfnote.h */
+            #define XEN_ELFNOTE_NAME "Xen"
+            #define XEN_ELFNOTE_PHYS32_ENTRY 18
+            #define XEN_HVM_START_MAGIC_VALUE 0x336ec578
+            #define XEN_HVM_MEMMAP_TYPE_RAM 1
+            struct hvm_start_info {
+                __u32 magic, version, flags, nr_modules;
+                __u64 modlist_paddr, cmdline_paddr, rsdp_paddr, memmap_paddr;
+                __u32 memmap_entries, reserved;
+            };
+            struct hvm_modlist_entry {
+                __u64 paddr, size, cmdline_paddr, reserved;
+            };
+            struct hvm_memmap_table_entry {
+                __u64 addr, size;
+                __u32 type, reserved;
+            };
+        """,
+    ),
 }
 """By module; one that declares nothing needs none."""
 

@@ -189,7 +189,7 @@ KERNELS = [
     (["64", "fifo"], "kernel fifo: is not a regular file: copy it to one"),
     (["64", "empty"], "kernel empty: is empty"),
     (["64", "text"], "kernel text: image: starts with 23 21 2f 62 69 6e, which is neither an ELF"),
-    (["64", "zipped"], "kernel zipped: image: compressed: unpack it with gunzip first"),
+    (["64", "zipped"], "kernel zipped: image: compressed with gzip, and damaged: "),
     (["64", "cut"], "kernel cut: ELF32: "),
     (["64", "guest", "--initrd", "missing"], "initrd missing: No such file or directory"),
     (["64", "guest", "--initrd", "empty"], "initrd empty: is empty"),

@@ -43,7 +43,7 @@ SETUP_FIELDS: dict[str, Field] = {
     "jump_length": ("<B", 0x201), "header": ("<I", 0x202), "version": ("<H", 0x206),
     "type_of_loader": ("<B", 0x210), "loadflags": ("<B", 0x211), "code32_start": ("<I", 0x214),
     "initrd_addr_max": ("<I", 0x22C), "kernel_alignment": ("<I", 0x230),
-    "relocatable_kernel": ("<B", 0x234), "cmdline_size": ("<I", 0x238), "hardware_subarch": ("<I", 0x23C),
+    "relocatable_kernel": ("<B", 0x234), "xloadflags": ("<H", 0x236), "cmdline_size": ("<I", 0x238), "hardware_subarch": ("<I", 0x23C),
     "pref_address": ("<Q", 0x258), "init_size": ("<I", 0x260), "kernel_info_offset": ("<I", 0x268),
 }  # fmt: skip
 
@@ -89,6 +89,17 @@ def elf(bits: int, entry: int, loads: list[Load]) -> bytearray:
             put_segment(image, bits, index, name, value)
         image += load.content
     return image
+
+
+def note_elf(entry: int, loads: list[Load], pvh: int) -> bytes:
+    """A 64-bit executable with the notes of a Linux kernel: one of its build, and Xen's of the PVH entry."""
+    image = elf(64, entry, [*loads, Load(0, b"", 0)])
+    notes = struct.pack("<III4s20s", 4, 20, 3, b"GNU", b"build")
+    notes += struct.pack("<III4sI", 4, 4, 18, b"Xen", pvh)
+    values = {"p_type": 4, "p_offset": len(image), "p_filesz": len(notes), "p_memsz": len(notes)}
+    for name, value in values.items():
+        put_segment(image, 64, len(loads), name, value)
+    return bytes(image + notes)
 
 
 def put_segment(image: bytearray, bits: int, index: int, name: str, value: int) -> None:

@@ -202,3 +202,15 @@ def test_t23_a_real_kernel_cut_short_is_refused() -> None:
     for length in (0x300, 0x4000, len(content) // 2, end - 16):
         with pytest.raises(ImageError, match="cut short"):
             parse(content[:length])
+
+
+@pytest.mark.parametrize(("flags", "length", "expected"), [(1, 0x201, 0x100200), (1, 0x200, None), (0x7E, 0x300, None)])
+def test_the_64_bit_entry_is_512_bytes_behind_the_other_where_there_is_one(
+    flags: int, length: int, expected: int | None
+) -> None:
+    assert parse(bytes(bzimage(bytes(length), xloadflags=flags))).long_entry == expected
+
+
+def test_a_real_kernel_has_a_64_bit_entry() -> None:
+    with open_image(real_kernel()) as data:
+        assert parse(data).long_entry == 0x100200

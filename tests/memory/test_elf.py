@@ -12,7 +12,17 @@ from lguestlib.memory.guest import GuestMemory
 from lguestlib.memory.image.file import open_image
 from lguestlib.memory.image.image import ImageError
 from lguestlib.memory.image.parse import parse
-from memory.images import HEADER_FIELDS, HEADER_SIZE, MACHINE, SEGMENT_SIZE, Load, elf, put, put_segment
+from memory.images import (
+    HEADER_FIELDS,
+    HEADER_SIZE,
+    MACHINE,
+    SEGMENT_SIZE,
+    Load,
+    elf,
+    note_elf,
+    put,
+    put_segment,
+)
 
 SIZE = 0x20000
 FILL = 0xA5
@@ -314,3 +324,25 @@ def test_a_programs_own_interpreter_or_position_independence_is_told(tmp_path: P
     for program in (Path("/bin/sh"), Path("/usr/bin/env")):
         with open_image(program) as data, pytest.raises(ImageError, match="-static"):
             parse(data)
+
+
+def test_an_executable_without_xens_note_has_no_pvh_entry() -> None:
+    image = parse(bytes(elf(64, 0x1000, [Load(0x1000, b"code", 4)])))
+    assert (image.pvh_entry, image.long_entry) == (None, 0x1000)
+    assert parse(bytes(elf(32, 0x1000, [Load(0x1000, b"code", 4)]))).long_entry is None
+
+
+def test_t23_a_pvh_entry_outside_the_segments_is_refused() -> None:
+    with pytest.raises(ImageError, match="the PVH entry 0x2000 is in none of its segments"):
+        parse(note_elf(0x1000, [Load(0x1000, b"code", 4)], 0x2000))
+
+
+@pytest.mark.parametrize("length", [0, 11, 12, 35, 36, 51])
+def test_t23_notes_that_are_cut_short_name_nothing(length: int) -> None:
+    image = bytearray(note_elf(0x1000, [Load(0x1000, b"code", 4)], 0x1000))
+    put_segment(image, 64, 1, "p_filesz", length)
+    assert parse(bytes(image)).pvh_entry is None
+    put_segment(image, 64, 1, "p_offset", len(image))
+    put_segment(image, 64, 1, "p_filesz", 1)
+    with pytest.raises(ImageError, match="cut short"):
+        parse(bytes(image))

@@ -295,3 +295,10 @@ def test_a_real_kernel_is_told_what_its_header_allows() -> None:
         assert original[start : start + size] == bytes(size)
         header[start : start + size] = bytes(size)
     assert header == original
+
+
+def test_the_zero_page_names_the_acpi_tables() -> None:
+    with GuestMemory.anonymous(SIZE) as memory:
+        for rsdp in (None, GuestAddress(0xE0000)):
+            told = LinuxBoot(kernel(), ram_map(memory), rsdp=rsdp).place(memory)
+            assert struct.unpack("<Q", memory.read(GuestAddress(told.address + 0x70), 8)) == (rsdp or 0,)

@@ -1,7 +1,7 @@
-"""Linux's bzImage, as the 32-bit boot protocol has it (Documentation/arch/x86/boot.rst).
+"""Linux's bzImage, as the 32- and 64-bit boot protocols have it (Documentation/arch/x86/boot.rst).
 
 The setup sectors are for a BIOS and stay where they are; the rest goes to 1 MiB
-and is entered at code32_start.
+and is entered at code32_start, or behind it in long mode.
 """
 
 import ctypes
@@ -13,6 +13,9 @@ from lguestlib.memory.image.image import Image, ImageError, Segment, check_file
 
 LOAD_ADDRESS = GuestAddress(0x100000)
 """Where the protected-mode part goes when LOADED_HIGH is set."""
+
+LONG_ENTRY = 0x200
+"""Where the 64-bit entry is, in bytes from the 32-bit one, in a kernel that has it."""
 
 PROTOCOL_MIN = 0x0206
 """The oldest protocol taken: Linux 2.6.22, the first to tell how long a command line may be."""
@@ -61,7 +64,13 @@ def parse_bzimage(data: memoryview) -> Image:
         32,
         header,
         unpacked(header, header.kernel_alignment),
+        _long_entry(header, where),
     )
+
+
+def _long_entry(header: abi.setup_header, where: GuestRange) -> GuestAddress | None:
+    entry = GuestAddress(header.code32_start + LONG_ENTRY)
+    return entry if header.xloadflags & abi.XLF_KERNEL_64 and entry < where.end else None
 
 
 def _setup_header(data: memoryview) -> abi.setup_header:

@@ -1,13 +1,15 @@
 """ELF executables, 32- and 64-bit x86 (linux/elf.h; System V ABI, chapters 4 and 5).
 
 Loadable segments go to their physical addresses.  The entry of a kernel may be
-given as a virtual address: it is then the same place in the segment it is in.
+given as a virtual address: it is then the same place in the segment it is in.  A
+note may name another entry, PVH's.
 """
 
 import ctypes
 from typing import Literal
 
 from lguestlib.abi import elf as abi
+from lguestlib.abi import xen
 from lguestlib.memory.address import GuestAddress, GuestRange
 from lguestlib.memory.image.image import Format, Image, ImageError, Segment, check_apart, check_file
 
@@ -58,10 +60,13 @@ def _parse(
     check_file(data, header.e_phoff, header.e_phnum * size, f"{format}: program headers")
 
     loads: list[tuple[Segment, int]] = []
+    pvh: GuestAddress | None = None
     for index in range(header.e_phnum):
         entry = program_header_type.from_buffer_copy(data, header.e_phoff + index * size)
         if entry.p_type == abi.PT_INTERP:
             raise ImageError(f"{format}: program header {index} wants an interpreter: link with -static")
+        if entry.p_type == abi.PT_NOTE:
+            pvh = _pvh_entry(data, entry, f"{format}: program header {index}") or pvh
         if entry.p_type == abi.PT_LOAD:
             segment = _segment(data, entry, bits, f"{format}: program header {index}")
             if segment.where.size:
@@ -70,7 +75,13 @@ def _parse(
         raise ImageError(f"{format}: none of {header.e_phnum} program headers loads anything: no executable")
     loads.sort()
     check_apart((f"{format}: segment {index}", load.where) for index, (load, _) in enumerate(loads))
-    return Image(format, data, tuple(load for load, _ in loads), _entry(header.e_entry, loads, format), bits)
+    segments = tuple(load for load, _ in loads)
+    if pvh is not None and not any(where.start <= pvh < where.end for where, _, _ in segments):
+        raise ImageError(f"{format}: the PVH entry {pvh:#x} is in none of its segments")
+    start = _entry(header.e_entry, loads, format)
+    return Image(
+        format, data, segments, start, bits, long_entry=start if bits == 64 else None, pvh_entry=pvh
+    )
 
 
 def _segment(data: memoryview, entry: _ProgramHeader, bits: int, what: str) -> Segment:
@@ -85,6 +96,23 @@ def _segment(data: memoryview, entry: _ProgramHeader, bits: int, what: str) -> S
                 f"{what}: {entry.p_memsz:#x} bytes at {kind} address {address:#x} go past {bits} bits"
             )
     return Segment(GuestRange(GuestAddress(entry.p_paddr), entry.p_memsz), entry.p_offset, entry.p_filesz)
+
+
+def _pvh_entry(data: memoryview, entry: _ProgramHeader, what: str) -> GuestAddress | None:
+    """What Xen's note of a 32-bit entry says, if it is among these notes."""
+    check_file(data, entry.p_offset, entry.p_filesz, what)
+    at, end = entry.p_offset, entry.p_offset + entry.p_filesz
+    # Names and descriptors are padded to 4 bytes; some linkers align notes to 8, but not Linux's.
+    while end - at >= ctypes.sizeof(abi.Elf32_Nhdr):
+        note = abi.Elf32_Nhdr.from_buffer_copy(data, at)
+        name = at + ctypes.sizeof(note)
+        descriptor = name + -(-note.n_namesz // 4) * 4
+        at = descriptor + -(-note.n_descsz // 4) * 4
+        if at > end:
+            return None
+        if note.n_type == xen.XEN_ELFNOTE_PHYS32_ENTRY and data[name:descriptor] == xen.XEN_ELFNOTE_NAME + b"\0":
+            return GuestAddress(int.from_bytes(data[descriptor : descriptor + min(note.n_descsz, 8)], "little"))
+    return None
 
 
 def _entry(entry: int, loads: list[tuple[Segment, int]], format: Format) -> GuestAddress:

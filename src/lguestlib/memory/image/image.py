@@ -44,6 +44,10 @@ class Image:
     """A bzImage's setup header, a copy; its fields past the header's own length are zero."""
     unpacked: GuestRange | None = None
     """Where a bzImage moves itself to: memory that it needs before it looks at the memory map."""
+    long_entry: GuestAddress | None = None
+    """The entry of the 64-bit boot protocol, where there is one: in long mode."""
+    pvh_entry: GuestAddress | None = None
+    """The entry of PVH, where there is one: in protected mode."""
 
     @property
     def occupied(self) -> tuple[GuestRange, ...]:

@@ -1,9 +1,9 @@
-"""What a Linux kernel is told at its 32-bit entry: boot parameters, command line, initrd.
+"""What a Linux kernel is told at its 32- or 64-bit entry: boot parameters, command line, initrd.
 
-Documentation/arch/x86/boot.rst (32-bit boot protocol), zero-page.rst.  The
+Documentation/arch/x86/boot.rst (32- and 64-bit boot protocols), zero-page.rst.  The
 kernel is entered at its image's entry with ESI holding the address of the boot
 parameters, EBX, EBP and EDI zero, in protected mode with flat segments and
-without paging.
+without paging; or at its `long_entry` with RSI holding it, as `long_mode` prepares.
 """
 
 import ctypes
@@ -70,6 +70,8 @@ class LinuxBoot:
     """Where the boot parameters go, 4096 bytes."""
     command_line_at: GuestAddress = GuestAddress(0x20000)
     """Where the command line and its NUL go."""
+    rsdp: GuestAddress | None = None
+    """Where the ACPI tables begin, if there are any; Linux before 5.0 looks for them below 1 MiB."""
 
     def place(self, memory: GuestMemory) -> BootParameters:
         """Write boot parameters, command line and initrd to *memory*; the kernel places itself.
@@ -81,7 +83,7 @@ class LinuxBoot:
         parameters = GuestRange(self.parameters_at, ctypes.sizeof(abi.boot_params))
         command_line = GuestRange(self.command_line_at, len(self.command_line) + 1)
         check_command_line(self.command_line, header.cmdline_size or COMMAND_LINE_SIZE_BEFORE_2_06)
-        self._check_map(memory, 2 if header.hardware_subarch == abi.X86_SUBARCH_PC else 1)
+        check_map(self.e820, memory, 2 if header.hardware_subarch == abi.X86_SUBARCH_PC else 1)
         named = [("boot parameters", parameters), ("command line", command_line)]
         for what, where in named:
             if where.end > 1 << 32:
@@ -92,30 +94,17 @@ class LinuxBoot:
 
         initrd = None
         if self.initrd is not None:
-            initrd = initrd_range(
-                len(self.initrd),
-                [entry.where for entry in self.e820 if entry.type == abi.E820_TYPE_RAM],
-                header.initrd_addr_max or INITRD_ADDR_MAX_BEFORE_2_03,
-                # The first MiB is the BIOS's on a PC, and Linux treats it so.
-                [GuestRange(GuestAddress(0), LOAD_ADDRESS), *self.kernel.occupied, parameters, command_line],
-            )
+            last = header.initrd_addr_max or INITRD_ADDR_MAX_BEFORE_2_03
+            initrd = initrd_place(self.kernel, self.e820, len(self.initrd), last, [parameters, command_line])
             memory.write(initrd.start, self.initrd)
             header.ramdisk_image, header.ramdisk_size = initrd
         header.cmd_line_ptr = command_line.start
         header.type_of_loader = header.type_of_loader or abi.TYPE_OF_LOADER_UNDEFINED
         memory.write(command_line.start, self.command_line + b"\0")
-        memory.write(parameters.start, bytes(boot_params(header, self.e820)))
+        told = boot_params(header, self.e820)
+        told.acpi_rsdp_addr = self.rsdp or 0
+        memory.write(parameters.start, bytes(told))
         return BootParameters(parameters.start, command_line, initrd)
-
-    def _check_map(self, memory: GuestMemory, least: int) -> None:
-        count, most = len(self.e820), abi.E820_MAX_ENTRIES_ZEROPAGE
-        if not least <= count <= most:
-            raise ImageError(f"memory map: {count} entries, this kernel takes {least} to {most}")
-        for index, (where, type) in enumerate(self.e820):
-            if where.start < 0 or not 0 < where.size < 1 << 64 or where.end > 1 << 64:
-                raise ImageError(f"memory map: entry {index}, {where}, is no range of 64-bit addresses")
-            if type == abi.E820_TYPE_RAM:
-                check_memory(memory, where, f"memory map: entry {index}")
 
 
 def check_command_line(command_line: bytes, limit: int) -> None:
@@ -124,6 +113,27 @@ def check_command_line(command_line: bytes, limit: int) -> None:
         raise ImageError(f"command line: has a NUL at byte {command_line.index(0)}")
     if len(command_line) > limit:
         raise ImageError(f"command line: {len(command_line)} bytes, this kernel takes {limit}")
+
+
+def check_map(e820: Sequence[E820Entry], memory: GuestMemory, least: int) -> None:
+    """Raise ImageError for fewer entries than *least*, more than the kernel takes, or RAM that *memory* is not."""
+    count, most = len(e820), abi.E820_MAX_ENTRIES_ZEROPAGE
+    if not least <= count <= most:
+        raise ImageError(f"memory map: {count} entries, this kernel takes {least} to {most}")
+    for index, (where, type) in enumerate(e820):
+        if where.start < 0 or not 0 < where.size < 1 << 64 or where.end > 1 << 64:
+            raise ImageError(f"memory map: entry {index}, {where}, is no range of 64-bit addresses")
+        if type == abi.E820_TYPE_RAM:
+            check_memory(memory, where, f"memory map: entry {index}")
+
+
+def initrd_place(
+    kernel: Image, e820: Sequence[E820Entry], size: int, last: int, taken: Sequence[GuestRange]
+) -> GuestRange:
+    """Where an initrd of *size* bytes goes, up to address *last*, beside *kernel* and what is *taken*.  Raises ImageError."""
+    ram = [entry.where for entry in e820 if entry.type == abi.E820_TYPE_RAM]
+    # The first MiB is the BIOS's on a PC, and Linux treats it so.
+    return initrd_range(size, ram, last, [GuestRange(GuestAddress(0), LOAD_ADDRESS), *kernel.occupied, *taken])
 
 
 def boot_params(header: abi.setup_header, e820: Sequence[E820Entry]) -> abi.boot_params:
