@@ -14,7 +14,7 @@ from typing import NamedTuple, Self
 import interpreters
 import pytest
 
-from lguestlib.runtime.kvm import KvmUnusable, open_kvm
+from lguestlib.runtime.vm import KvmUnusable, open_kvm
 
 PYTHON = (sys.executable, "-X", "dev", "-W", "error")
 COMMAND = (*PYTHON, "-m", "lguestlib")

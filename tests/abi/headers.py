@@ -78,7 +78,7 @@ HEADERS = {
         ("linux/kvm.h",),
         spelled={
             "KVM_MAX_CPUID_ENTRIES": "256",  # arch/x86/include/asm/kvm_host.h
-            "IRQ_ROUTING_ENTRIES": "256",  # this and the next: the module's own choice
+            "IRQ_ROUTING_ENTRIES": "1024",  # this and the next: the module's own choice
             "MSR_ENTRIES": "64",
             "kvm_run.exit": "padding",
             "kvm_dirty_log.dirty_bitmap": "padding2",

@@ -27,7 +27,8 @@ from lguestlib.runtime.backend.packet import PacketNetwork
 from lguestlib.runtime.backend.random import KernelRandom
 from lguestlib.runtime.backend.responder import Responder
 from lguestlib.runtime.guest import image_path
-from lguestlib.runtime.kvm import KvmMachine, KvmUnusable, open_kvm
+from lguestlib.runtime.kvm import KvmMachine
+from lguestlib.runtime.vm import KvmUnusable, open_kvm
 from lguestlib.runtime.machine import Outcome, PowerOff, Reboot
 from lguestlib.virtio.device import Device, Queue
 from lguestlib.virtio.devices.block import Block

@@ -10,10 +10,11 @@ from runtime.rigs import nothing_left
 
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
-from lguestlib.runtime import kvm
-from lguestlib.runtime.kvm import KvmMachine, KvmUnusable, open_kvm
+from lguestlib.runtime import vm
+from lguestlib.runtime.kvm import KvmMachine
 from lguestlib.runtime.machine import Crash, Outcome, PowerOff, Reboot, Stopped
 from lguestlib.runtime.mmio_machine import DEVICES_AT, DEVICES_MAX
+from lguestlib.runtime.vm import KvmUnusable, open_kvm
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Device, Queue
 
@@ -175,13 +176,13 @@ def test_kvm_that_cannot_be_opened_names_the_reason_and_the_remedy(
 
 
 def test_kvm_without_a_needed_capability_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(kvm.NEEDED, "KVM_CAP_TOMORROW", 9999)
+    monkeypatch.setitem(vm.NEEDED, "KVM_CAP_TOMORROW", 9999)
     with pytest.raises(KvmUnusable, match="lacks KVM_CAP_TOMORROW"):
         open_kvm()
 
 
 def test_a_refused_machine_leaves_no_descriptor(monkeypatch: pytest.MonkeyPatch, said: list[str]) -> None:
-    monkeypatch.setitem(kvm.NEEDED, "KVM_CAP_TOMORROW", 9999)
+    monkeypatch.setitem(vm.NEEDED, "KVM_CAP_TOMORROW", 9999)
     with GuestMemory.anonymous(1 << 20) as memory:
         with pytest.raises(KvmUnusable):
             KvmMachine(memory, said.append)

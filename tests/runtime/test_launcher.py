@@ -17,8 +17,8 @@ from lguestlib.runtime.backend.terminal import Terminal
 from lguestlib.runtime.boot import Boot
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.gil import SWITCH_INTERVAL
-from lguestlib.runtime.kvm import KvmUnusable
 from lguestlib.runtime.launcher import Launcher, choose_hypervisor
+from lguestlib.runtime.vm import KvmUnusable
 from lguestlib.runtime.machine import PowerOff, Stopped
 from lguestlib.runtime.options import MEBIBYTE, DiskImage, MachineOptions, Randomness, ScratchDisk
 

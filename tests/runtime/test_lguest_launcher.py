@@ -15,7 +15,7 @@ from runtime.rigs import nothing_left
 from lguestlib.runtime import launcher as module
 from lguestlib.runtime.backend.terminal import Terminal
 from lguestlib.runtime.errors import LaunchError
-from lguestlib.runtime.kvm import KvmUnusable
+from lguestlib.runtime.vm import KvmUnusable
 from lguestlib.runtime.launcher import Launcher, choose_hypervisor
 from lguestlib.runtime.lguest.file import LguestUnusable
 from lguestlib.runtime.machine import Crash, PowerOff

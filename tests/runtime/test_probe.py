@@ -10,7 +10,7 @@ import pytest
 import sessions
 
 from lguestlib.runtime import probe as module
-from lguestlib.runtime.kvm import KvmUnusable
+from lguestlib.runtime.vm import KvmUnusable
 
 PROGRAM = (
     "import json; from lguestlib.runtime.probe import probe\n"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lguestlib.runtime.kvm import KvmUnusable, open_kvm
+from lguestlib.runtime.vm import KvmUnusable, open_kvm
 
 SOURCE = Path(__file__).parents[2] / "src"
 PINGS = 1000

@@ -32,6 +32,7 @@ KVM_CAP_TSC_DEADLINE_TIMER = 72
 KVM_CAP_SIGNAL_MSI = 77
 KVM_CAP_READONLY_MEM = 81
 KVM_CAP_ENABLE_CAP_VM = 98
+KVM_CAP_IOEVENTFD_ANY_LENGTH = 122
 KVM_CAP_SPLIT_IRQCHIP = 121
 KVM_CAP_IMMEDIATE_EXIT = 136
 KVM_CAP_DIRTY_LOG_RING = 192
@@ -319,7 +320,7 @@ class kvm_irq_routing_entry(NativeStructure):
     u: kvm_irq_routing_entry_u
 
 
-IRQ_ROUTING_ENTRIES = 256
+IRQ_ROUTING_ENTRIES = 1024
 """How many entries this declaration of kvm_irq_routing has room for; KVM takes up to 4096."""
 
 

@@ -20,7 +20,7 @@ from lguestlib.runtime.initramfs.archive import make_initramfs
 from lguestlib.runtime.gil import SWITCH_INTERVAL
 from lguestlib.runtime.inprocess.machine import InprocessMachine
 from lguestlib.runtime.inprocess.shell import shell
-from lguestlib.runtime.kvm import KvmMachine, KvmUnusable, open_kvm
+from lguestlib.runtime.kvm import KvmMachine
 from lguestlib.runtime.kernel import is_32_bit_kernel, load_kernel, load_lguest_kernel
 from lguestlib.runtime.lguest.file import DEVICE as LGUEST
 from lguestlib.runtime.lguest.file import DevLguest, LguestUnusable
@@ -32,6 +32,7 @@ from lguestlib.runtime.options import MEBIBYTE, HypervisorName, MachineOptions, 
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.uml.kernel import UmlKernel
 from lguestlib.runtime.uml.machine import UmlMachine
+from lguestlib.runtime.vm import KvmUnusable, open_kvm
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.devices.console import Console
 from lguestlib.virtio.lguest import BusFull

@@ -12,11 +12,11 @@ from lguestlib.runtime.backend.tap import DEVICE as TUN_DEVICE
 from lguestlib.runtime.backend.tap import Tap
 from lguestlib.runtime.backend.uring import IO_URING_REMEDY, Uring
 from lguestlib.runtime.gil import SWITCH_INTERVAL, gil_enabled
-from lguestlib.runtime.kvm import DEVICE as KVM_DEVICE
-from lguestlib.runtime.kvm import KvmUnusable, capability, open_kvm
 from lguestlib.runtime.lguest.file import DEVICE as LGUEST_DEVICE
 from lguestlib.runtime.lguest.file import DevLguest, LguestUnusable
 from lguestlib.runtime.namespace import enter_network_namespace
+from lguestlib.runtime.vm import DEVICE as KVM_DEVICE
+from lguestlib.runtime.vm import KvmUnusable, capability, open_kvm
 
 _CAPABILITIES = (
     "KVM_CAP_IRQCHIP", "KVM_CAP_IOEVENTFD", "KVM_CAP_IRQFD", "KVM_CAP_IMMEDIATE_EXIT", "KVM_CAP_IRQ_ROUTING",
