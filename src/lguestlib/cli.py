@@ -25,7 +25,7 @@ from lguestlib.runtime.options import (
     DEFAULT_NETWORK,
     MEBIBYTE,
     MEMORY,
-    UML_MEMORY,
+    LINUX_MEMORY,
     BridgedNetwork,
     DeviceOption,
     DiskImage,
@@ -51,6 +51,9 @@ SIGNALLED = 128
 """And the signal's number."""
 
 _HYPERVISORS = ("auto", "kvm", "lguest", "inprocess", "uml")
+
+CPUS_MAX = 255
+"""What an 8-bit APIC ID tells apart."""
 
 _LINE_MAX = 4096
 """Bytes that a pipe ready for writing takes at once (pipe(7), PIPE_BUF)."""
@@ -361,6 +364,14 @@ def _machine_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _pc_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cpus", type=_cpus, default=1, metavar="N", help="processors of a Linux on kvm (default 1)")
+    parser.add_argument(
+        "--transport", choices=("pci", "mmio"),
+        help="how a Linux on kvm finds its devices: by PCI, each queue with an interrupt of its own (default), or by ACPI",
+    )  # fmt: skip
+
+
 def _run(words: list[str]) -> int:
     from lguestlib.runtime.machine import Crash, PowerOff
     from lguestlib.runtime.session import Session
@@ -372,7 +383,7 @@ def _run(words: list[str]) -> int:
     _machine_options(parser)
     parser.add_argument(
         "--memory", type=_memory, metavar="MIB",
-        help=f"guest memory in MiB (default {MEMORY // MEBIBYTE}; uml: {UML_MEMORY // MEBIBYTE})",
+        help=f"guest memory in MiB (default {MEMORY // MEBIBYTE}; uml: {LINUX_MEMORY // MEBIBYTE})",
     )
     parser.add_argument(
         "--block", dest="devices", action=_AppendDevice, type=_disk,
@@ -387,7 +398,12 @@ def _run(words: list[str]) -> int:
     parser.add_argument(
         "--rng", dest="devices", action=_AppendDevice, nargs=0, help="an entropy device"
     )
-    parser.add_argument("--initrd", metavar="FILE", help="an initial ramdisk for KERNEL, or for uml")
+    parser.add_argument(
+        "--linux", action="store_true",
+        help="this host's own Linux on kvm, with a busybox shell or the system on --root",
+    )  # fmt: skip
+    _pc_options(parser)
+    parser.add_argument("--initrd", metavar="FILE", help="an initial ramdisk for KERNEL, for --linux or uml")
     parser.add_argument(
         "--root", metavar="IMAGE", help="a disk before all others, and root=/dev/vda: its system is what is booted"
     )
@@ -410,24 +426,32 @@ def _run(words: list[str]) -> int:
     given = parser.parse_intermixed_args(words)
     memory, kernel, kernel_words = _positional(given.positional, given.memory)
     is_uml = given.hypervisor == "uml"
+    is_ours = is_uml or given.linux
+    if given.linux and kernel is not None:
+        raise _UsageError(f"--linux and KERNEL {kernel}: give one of the two")
+    if given.linux and is_uml:
+        raise _UsageError("--linux and --hypervisor uml: give one of the two, either is a Linux")
     devices = _devices(given.devices or (), built_in=kernel is None, has_rng=not is_uml)
     if given.root is not None:
         devices = (DiskImage(given.root, asked=("--root ", "")), *devices)
         kernel_words = ["root=/dev/vda", "rw", *kernel_words]
     for option, value in (("--initrd", given.initrd), ("--root", given.root)):
-        if value is not None and kernel is None and not is_uml:
+        if value is not None and kernel is None and not is_ours:
             raise _UsageError(f"{option} {value}: the built-in guest has no use for it (name MEM and KERNEL too)")
     # Of the shell in an initramfs of ours.
-    has_script = is_uml and given.commands is not None and given.initrd is None and given.root is None
+    has_script = is_ours and given.commands is not None and given.initrd is None and given.root is None
     options = MachineOptions(
         hypervisor=given.hypervisor,
-        memory=memory or (UML_MEMORY if is_uml else MEMORY),
+        memory=memory or (LINUX_MEMORY if is_ours else MEMORY),
         devices=devices,
         kernel=kernel,
         initrd=given.initrd,
         script=given.commands if has_script else None,
         arguments=(*kernel_words, *(word for words in given.append for word in words.split())),
         verbose=given.verbose,
+        linux=given.linux,
+        cpus=given.cpus,
+        transport=given.transport,
     )
     commands = None if given.commands is None else [] if has_script else _commands(given.commands)
     with _tracing(given.trace) as tracer:
@@ -588,6 +612,13 @@ def _descriptor(text: str) -> int:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip().lower() for name in text.split(",") if name.strip())
+
+
+def _cpus(text: str) -> int:
+    count = _number(text, 1, CPUS_MAX)
+    if count is None:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of processors from 1 to {CPUS_MAX}")
+    return count
 
 
 def _seconds(text: str) -> float:
@@ -758,13 +789,19 @@ def _ping(words: list[str]) -> int:
         "ping", "Let the guest ping the host, and draw the last ping as the seed's analysis.", _PING_EXAMPLES
     )
     _machine_options(parser)
+    parser.add_argument("--linux", action="store_true", help="from this host's own Linux as the guest, on kvm")
+    _pc_options(parser)
     parser.add_argument("--count", type=_count, default=5, metavar="N", help="how many pings (default 5)")
     parser.add_argument("--json", action="store_true", help="every call of every ping, and percentiles")
     given = parser.parse_args(words)
     say: Callable[[str], None] = (lambda line: None) if given.json else _say
     with _tracing(given.trace) as tracer:
         report = run_pings(
-            MachineOptions(given.hypervisor, devices=_devices((), True, given.hypervisor != "uml")), given.count,
+            MachineOptions(
+                given.hypervisor, LINUX_MEMORY if given.linux else MEMORY,
+                _devices((), True, given.hypervisor != "uml"), linux=given.linux, cpus=given.cpus,
+                transport=given.transport,
+            ), given.count,
             say, tracer or Tracer(),
             lambda done: _progress(f"{done} of {given.count} pings"),
         )  # fmt: skip

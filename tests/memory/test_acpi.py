@@ -19,7 +19,7 @@ PLATFORM = Platform(
     sleep_port=0x600,
     reset_port=0xCF9,
     reset_value=6,
-    serial=(0x3F8, 4),
+    serial=[(0x3F8, 4), (0x2F8, 3)],
     clock=(0x70, 8),
     pci=Pci(ECAM, WINDOWS, [16 + slot % 8 for slot in range(32)]),
     mmio=[MmioDevice(GuestRange(GuestAddress(0xD000_0000 + 0x1000 * n), 0x1000), 5 + n) for n in range(3)],
@@ -125,6 +125,6 @@ def test_the_devices_are_those_asked_for(tmp_path: Path) -> None:
     iasl("-d", "dsdt.dat", folder=tmp_path)
     source = re.sub(r"/\*.*?\*/|//[^\n]*|\s+", " ", (tmp_path / "dsdt.dsl").read_text(), flags=re.DOTALL)
     assert source.count('Name (_HID, "LNRO0005")') == source.count('"LNRO0005"') == 3
-    for expected in ("0x000FFFFF", "PNP0A08", "PNP0501", "PNP0B00", "WordBusNumber", "QWordMemory", "DWordMemory"):
+    for expected in ("0x000FFFFF", "PNP0A08", "COM1", "COM2", "PNP0501", "PNP0B00", "WordBusNumber", "QWordMemory", "DWordMemory"):
         assert expected in source, expected
     assert source.count("FFFF, ") >= 32

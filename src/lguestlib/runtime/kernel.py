@@ -8,10 +8,13 @@ from lguestlib.memory.image.file import open_image
 from lguestlib.memory.image.image import Image, ImageError
 from lguestlib.memory.image.lguest_boot import is_32_bit
 from lguestlib.memory.image.linux_boot import LinuxBoot, plain_setup, ram_map
+from lguestlib.memory.image.long_mode import place_long_mode
 from lguestlib.memory.image.parse import parse
+from lguestlib.memory.image.pvh_boot import PvhBoot
 from lguestlib.runtime import guest
 from lguestlib.runtime.kvm import KvmMachine
 from lguestlib.runtime.lguest.machine import LguestMachine
+from lguestlib.runtime.pc.machine import PcMachine
 
 COMMAND_LINE_SIZE = 65535
 """Bytes of command line for the built-in guest."""
@@ -36,12 +39,45 @@ def load_kernel(machine: KvmMachine, kernel: str | None, initrd: str | None, com
         machine.boot(image.entry, boot.place(machine.memory).address)
 
 
+def load_pc_kernel(machine: PcMachine, kernel: str, initrd: str | bytes | None, command_line: str) -> None:
+    """As `load_kernel`, for a PC, whose devices are all there; *initrd* may be the bytes.
+
+    A kernel is entered in long mode where it can be, and by PVH or in protected mode
+    otherwise.  Raises ImageError.
+    """
+    path = initrd if isinstance(initrd, str) else None
+    with _opened(kernel, path) as (image, mapped):
+        ramdisk = initrd if isinstance(initrd, bytes) else mapped
+        memory, words, e820 = machine.memory, os.fsencode(command_line), machine.memory_map()
+        with _about(f"kernel {kernel}: "):
+            image.place(memory)
+        rsdp = machine.place_firmware()
+        if image.pvh_entry is not None:
+            info = PvhBoot(image, e820, words, ramdisk, rsdp).place(memory).address
+            machine.boot_32(image.pvh_entry, ebx=info)
+            return
+        told = LinuxBoot(image, e820, words, ramdisk, rsdp=rsdp).place(memory)
+        if image.long_entry is not None:
+            machine.boot_64(image.long_entry, told.address, place_long_mode(memory))
+        else:
+            machine.boot_32(image.entry, esi=told.address)
+
+
 def load_lguest_kernel(machine: LguestMachine, kernel: str, initrd: str | None, command_line: str) -> None:
     """As `load_kernel`, for lguest."""
     with _opened(kernel, initrd) as (image, ramdisk):
         with _about(f"kernel {kernel}: "):
             machine.check_kernel(image)
         machine.boot(image, ramdisk, os.fsencode(command_line))
+
+
+def is_pc_kernel(kernel: str) -> bool:
+    """Whether at path *kernel* there is a bzImage or a 64-bit kernel."""
+    try:
+        with _opened(kernel, None) as (image, _):
+            return image.setup is not None or image.bits == 64
+    except ImageError:
+        return False
 
 
 def is_32_bit_kernel(kernel: str) -> bool:

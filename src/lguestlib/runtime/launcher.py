@@ -3,9 +3,9 @@
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
-from typing import Self
+from typing import Literal, Self
 
 from lguestlib.abi.virtio_ids import VIRTIO_ID_BLOCK
 from lguestlib.memory.address import GuestAddress
@@ -21,14 +21,22 @@ from lguestlib.runtime.gil import SWITCH_INTERVAL
 from lguestlib.runtime.inprocess.machine import InprocessMachine
 from lguestlib.runtime.inprocess.shell import shell
 from lguestlib.runtime.kvm import KvmMachine
-from lguestlib.runtime.kernel import is_32_bit_kernel, load_kernel, load_lguest_kernel
+from lguestlib.runtime.kernel import (
+    is_32_bit_kernel,
+    is_pc_kernel,
+    load_kernel,
+    load_lguest_kernel,
+    load_pc_kernel,
+)
 from lguestlib.runtime.lguest.file import DEVICE as LGUEST
 from lguestlib.runtime.lguest.file import DevLguest, LguestUnusable
 from lguestlib.runtime.lguest.machine import LguestMachine
 from lguestlib.runtime.lguest.runner import LguestDeviceRunner
 from lguestlib.runtime.machine import Outcome, Reboot, Stopped
 from lguestlib.runtime.mmio_machine import DEVICES_AT, DEVICES_MAX, MmioMachine
-from lguestlib.runtime.options import MEBIBYTE, HypervisorName, MachineOptions, VhostUserDisk
+from lguestlib.runtime.options import MEBIBYTE, HypervisorName, MachineOptions, TransportName, VhostUserDisk
+from lguestlib.runtime.pc.host_kernel import HostKernel
+from lguestlib.runtime.pc.machine import PcMachine, pc_memory
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.uml.kernel import UmlKernel
 from lguestlib.runtime.uml.machine import UmlMachine
@@ -36,8 +44,15 @@ from lguestlib.runtime.vm import KvmUnusable, open_kvm
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.devices.console import Console
 from lguestlib.virtio.lguest import BusFull
+from lguestlib.virtio.pci.bus import DEVICES_MAX as BUS_MAX
 
 MEMORY_MIN = 4 * MEBIBYTE
+
+EARLY_CONSOLE_WORDS = ("earlyprintk=ttyS0", "console=hvc0")
+"""What makes a kernel show its messages: on the serial port, until the console is there."""
+
+OWN_LINUX_WORDS = ("console=hvc0", "quiet", "verdict=/dev/ttyS1")
+"""The command line of a Linux with an init of ours, which tells its verdict on the second serial port."""
 
 LGUEST_MEMORY_MAX = (min(1 << 32, sys.maxsize) // MEBIBYTE - 2) * MEBIBYTE
 """What has an address of 32 bits and one interpreter can map, device pages and guard pages beside it."""
@@ -68,9 +83,12 @@ class Launcher:
         self._stopping = False
         # Held by whoever looks at the machine while another thread may be about to close it.
         self._lock = threading.Lock()
-        _check_memory(options.memory, self.hypervisor)
+        self._is_pc = self.hypervisor == "kvm" and is_pc_guest(options)
+        self._transport: TransportName = options.transport or "pci"
+        _check_pc_options(options, self._is_pc)
+        _check_memory(options.memory, "pc" if self._is_pc else self.hypervisor)
         if self.hypervisor in ("kvm", "inprocess"):
-            _check_bus(len(options.devices) + 1)
+            _check_bus(len(options.devices) + 1, BUS_MAX if self._is_pc and self._transport == "pci" else DEVICES_MAX)
         self._attachments: list[Attachment] = []
         with ExitStack() as opened:
             for option in options.devices:
@@ -149,6 +167,8 @@ class Launcher:
             return self._user_mode_linux()
         if self.hypervisor == "lguest":
             return self._lguest()
+        if self._is_pc:
+            return self._pc()
         try:
             memory = self._memory()
         except OSError as error:
@@ -186,6 +206,48 @@ class Launcher:
         except BaseException:
             machine.close()
             raise
+
+    def _pc(self) -> PcMachine:
+        host = HostKernel.find() if self.options.kernel is None else None
+        try:
+            memory = pc_memory(self.options.memory, any(attachment.shares_memory for attachment in self._attachments))
+        except OSError as error:
+            raise self._no_memory(error) from None
+        try:
+            machine = PcMachine(
+                memory, self._say, self._tracer, self.options.cpus, self._transport, self._take_early_text
+            )
+        except KvmUnusable as error:
+            memory.close()
+            raise LaunchError(f"kvm: {error}") from None
+        except BaseException:
+            memory.close()
+            raise
+        try:
+            self._add_devices(machine.add)
+            self._load_pc(machine, host)
+            return machine
+        except ImageError as error:
+            machine.close()
+            raise LaunchError(str(error)) from None
+        except BaseException:
+            machine.close()
+            raise
+
+    def _load_pc(self, machine: PcMachine, host: HostKernel | None) -> None:
+        """Put the user's kernel into *machine*, or the *host*'s, with an initramfs of ours if he has named none."""
+        options = self.options
+        if host is None:
+            assert options.kernel is not None
+            words = [*_console_words(options.arguments), *options.arguments]
+            load_pc_kernel(machine, options.kernel, options.initrd, " ".join(words))
+            return
+        words = [*OWN_LINUX_WORDS, *self._device_words(), *options.arguments]
+        initrd: str | bytes | None = options.initrd
+        if initrd is None:
+            devices = [runner.device for runner in machine.runners]
+            initrd = make_initramfs(host.drivers(devices, self._transport, self._say), options.script).pack()
+        load_pc_kernel(machine, host.path, initrd, " ".join(words))
 
     def _lguest(self) -> LguestMachine:
         try:
@@ -266,6 +328,8 @@ def choose_hypervisor(options: MachineOptions, say: Say) -> HypervisorName:
                 )
         UmlKernel.find(options.kernel)
         return "uml"
+    if options.linux and options.hypervisor in ("inprocess", "lguest"):
+        raise LaunchError(f"--hypervisor {options.hypervisor}: it cannot run --linux (use kvm)")
     if options.hypervisor == "inprocess":
         if options.kernel is not None:
             raise LaunchError(
@@ -288,7 +352,7 @@ def choose_hypervisor(options: MachineOptions, say: Say) -> HypervisorName:
     try:
         os.close(open_kvm())
     except KvmUnusable as error:
-        if options.hypervisor == "kvm" or options.kernel is not None:
+        if options.hypervisor == "kvm" or options.kernel is not None or options.linux:
             raise LaunchError(f"{lguest}kvm: {error}") from None
         say(f"hypervisor: inprocess, because kvm is not usable: {error}")
         return "inprocess"
@@ -323,12 +387,31 @@ def _placed(runner: LguestDeviceRunner) -> str:
     )
 
 
-def _check_memory(size: int, hypervisor: HypervisorName) -> None:
+def _console_words(arguments: Sequence[str]) -> Sequence[str]:
+    """What a kernel's command line lacks to be seen."""
+    return () if any(word.startswith("console=") for word in arguments) else EARLY_CONSOLE_WORDS
+
+
+def is_pc_guest(options: MachineOptions) -> bool:
+    """Whether the guest wants a PC: Linux does, and a small program of 32 bits does not."""
+    return options.linux if options.kernel is None else is_pc_kernel(options.kernel)
+
+
+def _check_pc_options(options: MachineOptions, is_pc: bool) -> None:
+    """Raise LaunchError for what only a PC has, where the guest is on none, and for more processors than make sense."""
+    asked = "--linux" if options.linux else f"--cpus {options.cpus}" if options.cpus > 1 else ""
+    if options.transport == "pci":
+        asked = asked or "--transport pci"
+    if asked and not is_pc:
+        raise LaunchError(f"{asked}: for a Linux on kvm (run --linux, or MEM KERNEL with a bzImage or a 64-bit kernel)")
+
+
+def _check_memory(size: int, hypervisor: HypervisorName | Literal["pc"]) -> None:
     given = f"--memory {size // MEBIBYTE}"
     least = UML_MEMORY_MIN if hypervisor == "uml" else MEMORY_MIN
     if size < least:
         raise LaunchError(f"{given}: at least {least // MEBIBYTE} MiB are needed")
-    most = {"uml": sys.maxsize, "lguest": LGUEST_MEMORY_MAX}.get(hypervisor, DEVICES_AT)
+    most = {"uml": sys.maxsize, "pc": sys.maxsize, "lguest": LGUEST_MEMORY_MAX}.get(hypervisor, DEVICES_AT)
     if size > most:
         raise LaunchError(f"{given}: at most {most // MEBIBYTE} MiB fit below the devices")
     held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -336,9 +419,9 @@ def _check_memory(size: int, hypervisor: HypervisorName) -> None:
         raise LaunchError(f"{given}: this host has {held // MEBIBYTE} MiB (give the guest less)")
 
 
-def _check_bus(devices: int) -> None:
-    if devices > DEVICES_MAX:
+def _check_bus(devices: int, most: int) -> None:
+    if devices > most:
         raise LaunchError(
-            f"{devices} devices: the bus has room for {DEVICES_MAX}, the console included"
+            f"{devices} devices: the bus has room for {most}, the console included"
             " (name fewer --block, --tunnet and --rng)"
         )

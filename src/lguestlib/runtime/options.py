@@ -9,9 +9,10 @@ MEBIBYTE = 1 << 20
 MEMORY = 64 * MEBIBYTE
 SCRATCH_SIZE = 1 * MEBIBYTE
 
-UML_MEMORY = 256 * MEBIBYTE
+LINUX_MEMORY = 256 * MEBIBYTE
 
 HypervisorName = Literal["auto", "kvm", "lguest", "inprocess", "uml"]
+TransportName = Literal["pci", "mmio"]
 AioName = Literal["sync", "io_uring"]
 
 
@@ -118,7 +119,9 @@ class MachineOptions:
     Without *kernel*, a path, the built-in guest runs, or the distribution's
     User-mode Linux; *arguments* are words of the guest's command line.  User-mode
     Linux without *initrd* has a shell, which is *script*'s if that is not None.
-    *verbose*: tell where a guest on lguest finds its devices.
+    *verbose*: tell where a guest on lguest finds its devices.  *linux*: without *kernel* the
+    host's own Linux runs, on KVM, otherwise as User-mode Linux does.  *cpus* and *transport*
+    are for guests on KVM; by default a Linux finds its devices by PCI.
     """
 
     hypervisor: HypervisorName = "auto"
@@ -129,3 +132,6 @@ class MachineOptions:
     script: bytes | None = None
     arguments: tuple[str, ...] = ()
     verbose: bool = False
+    linux: bool = False
+    cpus: int = 1
+    transport: TransportName | None = None

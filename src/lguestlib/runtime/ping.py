@@ -81,7 +81,7 @@ def run_pings(
     *tracer* gets all calls of all queue threads; *progress* is told how many
     pings are done.  Raises LaunchError.
     """
-    if options.hypervisor == "uml":
+    if options.hypervisor == "uml" or options.linux:
         options = replace(options, script=LINUX_SCRIPT)
     with (
         _Talk(_gateway(options), count, tracer, progress) as talk,

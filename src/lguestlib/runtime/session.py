@@ -87,7 +87,7 @@ class Session:
         kind = PatientTerminal if is_uml else Terminal
         if self._commands is None:
             yield kind(INPUT, OUTPUT, self._escaped, self._hung_up, self._tracer)
-        elif self._options.kernel is None and not is_uml:
+        elif self._options.kernel is None and not is_uml and not self._options.linux:
             with Script(self._commands, OUTPUT, self._hung_up, self._tracer) as script:
                 yield script
         else:

@@ -192,10 +192,13 @@ class Vcpu:
         self.state = abi.kvm_run.from_buffer(self.shared)
 
     def run(self) -> int | None:
-        """Run until KVM has something to tell: its KVM_EXIT_; None where a signal came first."""
+        """Run until KVM has something to tell: its KVM_EXIT_; None where a signal came first.
+
+        And None where the guest has just started a processor that waited for that.
+        """
         try:
             ioctl(self._fd, abi.KVM_RUN, 0, "KVM_RUN")
-        except InterruptedError:
+        except (InterruptedError, BlockingIOError):
             return None
         return self.state.exit_reason
 

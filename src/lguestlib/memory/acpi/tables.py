@@ -60,8 +60,8 @@ class Platform:
     sleep_port: int
     reset_port: int
     reset_value: int
-    serial: tuple[int, int] | None = None
-    """Port and line of a 8250."""
+    serial: Sequence[tuple[int, int]] = ()
+    """Port and line of each 8250."""
     clock: tuple[int, int] | None = None
     """Port and line of a CMOS clock."""
     pci: Pci | None = None
@@ -167,10 +167,10 @@ def dsdt(platform: Platform) -> bytes:
     if platform.pci:
         devices.append(_host_bridge(platform.pci))
     devices += [_mmio_device(number, device) for number, device in enumerate(platform.mmio)]
-    if platform.serial:
-        devices.append(_old_device("COM1", "PNP0501", *platform.serial, 8))
+    for number, (port, line) in enumerate(platform.serial, 1):
+        devices.append(_old_device(f"COM{number}", "PNP0501", number, port, line, 8))
     if platform.clock:
-        devices.append(_old_device("RTC", "PNP0B00", *platform.clock, 2))
+        devices.append(_old_device("RTC", "PNP0B00", 0, *platform.clock, 2))
     off = aml.name("_S5", aml.package(POWER_OFF_TYPE, 0, 0, 0))
     return _table(b"DSDT", 2, off + aml.scope("_SB", *devices))
 
@@ -220,10 +220,10 @@ def _mmio_device(number: int, device: MmioDevice) -> bytes:
     )
 
 
-def _old_device(name: str, identity: str, port: int, line: int, ports: int) -> bytes:
+def _old_device(name: str, identity: str, number: int, port: int, line: int, ports: int) -> bytes:
     return aml.device(
         name,
         aml.name("_HID", aml.eisa_id(identity)),
-        aml.name("_UID", 0),
+        aml.name("_UID", number),
         aml.name("_CRS", aml.resources(aml.io(port, ports), aml.irq(line))),
     )

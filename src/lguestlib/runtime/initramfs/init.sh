@@ -7,6 +7,7 @@
 #   hostname=NAME           lguest otherwise
 #   root=/dev/DISK          go on with the system on that disk,
 #   init=PROGRAM            whose first program is this one, or /sbin/init
+#   verdict=/dev/TTY        tell the machine there how it went
 #
 # /modules holds the drivers to load, in the order of their names.
 export PATH=/sbin:/bin HOME=/root TERM=linux
@@ -33,6 +34,7 @@ end() {
     # The kernel's farewell is not part of the guest's output; and that has to be out.
     echo 0 >/proc/sys/kernel/printk
     exec </dev/null >/dev/null 2>&1
+    [ -n "$verdict" ] && echo "$1" >"$verdict"
     umount -a -r
     poweroff -f
 }
@@ -57,13 +59,14 @@ find_network() {
 }
 
 set -f
-ip='' hostname=lguest root='' init=/sbin/init
+ip='' hostname=lguest root='' init=/sbin/init verdict=''
 for word in $(cat /proc/cmdline); do
     case $word in
         ip=*) ip=${word#*=} ;;
         hostname=*) hostname=${word#*=} ;;
         root=/dev/*) root=${word#*=} ;;
         init=*) init=${word#*=} ;;
+        verdict=/dev/*) verdict=${word#*=} ;;
     esac
 done
 set +f

@@ -8,9 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from lguestlib.abi.virtio_ids import VIRTIO_ID_BLOCK, VIRTIO_ID_CONSOLE, VIRTIO_ID_NET, VIRTIO_ID_RNG
 from lguestlib.runtime.errors import LaunchError
-from lguestlib.runtime.initramfs.modules import resolve
+from lguestlib.runtime.initramfs.drivers import resolve_drivers
 from lguestlib.virtio.device import Device
 
 NAMES = ("linux.uml", "linux")
@@ -18,13 +17,6 @@ NAMES = ("linux.uml", "linux")
 
 MODULES = ("/usr/lib/uml/modules", "/lib/modules")
 """Where they have its modules, in a folder for each release."""
-
-DRIVERS = {
-    VIRTIO_ID_NET: "virtio_net",
-    VIRTIO_ID_BLOCK: "virtio_blk",
-    VIRTIO_ID_CONSOLE: "virtio_console",
-    VIRTIO_ID_RNG: "virtio_rng",
-}
 
 _RELEASE = re.compile(r"\d+\.\d+\S*")
 _VERSION_SECONDS = 10
@@ -67,14 +59,4 @@ class UmlKernel:
         folder = next(filter(Path.is_dir, (Path(place, self.release) for place in MODULES)), None)
         if folder is None:
             return []
-        wanted: list[str] = []
-        for device in devices:
-            name = DRIVERS[device.device_type]
-            try:
-                resolve(folder, [name])
-                wanted.append(name)
-            except LaunchError as error:
-                if device.device_type == VIRTIO_ID_CONSOLE:
-                    raise
-                say(f"{device.name} is there, but out of the guest's reach: {error}")
-        return resolve(folder, wanted)
+        return resolve_drivers(folder, devices, say)

@@ -8,11 +8,12 @@ within one function is one; what goes past its end is not.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from lguestlib.abi import pci
 from lguestlib.memory.address import GuestAddress
 from lguestlib.virtio.pci.config import ConfigSpace, Identity
-from lguestlib.virtio.pci.function import BAR_SIZE, Function, PciFunction
+from lguestlib.virtio.pci.function import BAR, BAR_SIZE
 
 CONFIG_ADDRESS = 0xCF8
 CONFIG_DATA = 0xCFC
@@ -22,11 +23,36 @@ PORTS = range(CONFIG_ADDRESS, CONFIG_DATA + 4)
 ENABLE = 1 << 31
 
 SLOTS = 32
+DEVICES_MAX = SLOTS - 1
 ECAM_SIZE = SLOTS * 8 * pci.PCI_CFG_SPACE_EXP_SIZE
 """Bytes of memory that the configuration space of one bus takes."""
 
 HOST_BRIDGE = Identity(vendor=0x1B36, device=0x0008, class_code=0x060000)
 """What is in slot 0: Linux wants to see a host bridge before it believes the ports."""
+
+
+class Configured(Protocol):
+    """What has a configuration space."""
+
+    def read_config(self, offset: int, size: int) -> bytes:
+        """*size* bytes of configuration space at *offset*."""
+
+    def write_config(self, offset: int, data: bytes) -> None:
+        """Write *data* to configuration space at *offset*."""
+
+
+class Function(Configured, Protocol):
+    """What a device in a slot is to its bus: `PciFunction`, or its owner, who sees to the effects as well."""
+
+    @property
+    def bar(self) -> GuestAddress | None:
+        """Where the registers are; None while the function does not decode memory."""
+
+    def read(self, offset: int, size: int) -> bytes:
+        """*size* bytes the driver reads of the registers at *offset*."""
+
+    def write(self, offset: int, data: bytes) -> None:
+        """The driver writes *data* to the registers at *offset*."""
 
 
 class HostBridgeFunction:
@@ -48,26 +74,26 @@ class PciBus:
     """Bus 0: the host bridge in slot 0, devices in those behind it."""
 
     def __init__(self) -> None:
-        self.functions: list[PciFunction] = []
+        self.functions: list[Function] = []
         """In slot order, from 1 on."""
         self._bridge = HostBridgeFunction()
         self._address = 0
 
-    def add(self, function: PciFunction) -> int:
+    def add(self, function: Function) -> int:
         """Put *function* into the next slot, which is returned.  Raises ValueError where all are taken."""
-        if len(self.functions) == SLOTS - 1:
-            raise ValueError(f"{function.device.name}: the bus has no room for more than {SLOTS - 1} devices")
+        if len(self.functions) == DEVICES_MAX:
+            raise ValueError(f"the bus has no room for more than {DEVICES_MAX} devices")
         self.functions.append(function)
         return len(self.functions)
 
-    def _function(self, number: int) -> Function | None:
+    def _function(self, number: int) -> Configured | None:
         """The function with the number *number*: bus, slot and function in 16 bits."""
         slot, of_slot = divmod(number, 8)
         if of_slot or slot > len(self.functions):
             return None
         return self.functions[slot - 1] if slot else self._bridge
 
-    def _named(self, port: int, size: int) -> tuple[Function, int] | None:
+    def _named(self, port: int, size: int) -> tuple[Configured, int] | None:
         """What CONFIG_ADDRESS names, and the offset into it, for *size* bytes at *port*."""
         lane = port - CONFIG_DATA
         function = self._function(self._address >> 8 & 0xFFFF)
@@ -90,7 +116,7 @@ class PciBus:
         elif named := self._named(port, len(data)):
             named[0].write_config(named[1], data)
 
-    def _mapped(self, offset: int, size: int) -> tuple[Function, int] | None:
+    def _mapped(self, offset: int, size: int) -> tuple[Configured, int] | None:
         number, register = divmod(offset, pci.PCI_CFG_SPACE_EXP_SIZE)
         function = self._function(number)
         if function is None or register + size > pci.PCI_CFG_SPACE_EXP_SIZE:
@@ -108,17 +134,21 @@ class PciBus:
         if mapped:
             mapped[0].write_config(mapped[1], data)
 
-    def at(self, address: int) -> tuple[PciFunction, int] | None:
+    def at(self, address: int) -> tuple[Function, int] | None:
         """The function whose registers hold guest-physical *address*, and the offset into them."""
         for function in self.functions:
-            if function.bar is not None and 0 <= address - function.bar < BAR_SIZE:
-                return function, address - function.bar
+            bar = function.bar
+            if bar is not None and 0 <= address - bar < BAR_SIZE:
+                return function, address - bar
         return None
 
     def place(self, window: GuestAddress, lines: Sequence[int]) -> None:
-        """As firmware does: every BAR from *window* on, memory decoded, each slot's pin told its line of *lines*."""
-        for index, function in enumerate(self.functions):
-            function.config.set_bar(0, GuestAddress(window + index * BAR_SIZE))
-            line = lines[index % len(lines)]
-            function.write_config(pci.PCI_INTERRUPT_LINE, bytes([line]))
+        """As firmware does: every BAR from *window* on, memory decoded, each slot told its pin's line of *lines*.
+
+        *lines* are those of slot 0 and on.
+        """
+        for slot, function in enumerate(self.functions, 1):
+            bar = window + (slot - 1) * BAR_SIZE
+            function.write_config(pci.PCI_BASE_ADDRESS_0 + 4 * BAR, bar.to_bytes(8, "little"))
+            function.write_config(pci.PCI_INTERRUPT_LINE, bytes([lines[slot]]))
             function.write_config(pci.PCI_COMMAND, pci.PCI_COMMAND_MEMORY.to_bytes(2, "little"))

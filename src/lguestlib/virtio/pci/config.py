@@ -78,14 +78,6 @@ class ConfigSpace:
         self._put(self._writable, at, 8, (1 << 64) - size)
         self._bars[index] = size
 
-    def set_bar(self, index: int, address: GuestAddress) -> None:
-        """Put BAR *index* to *address*, as firmware does."""
-        self.write(abi.PCI_BASE_ADDRESS_0 + 4 * index, address.to_bytes(8, "little"))
-
-    def set_command(self, command: int) -> None:
-        """Put *command* into the command register, as firmware does."""
-        self.write(abi.PCI_COMMAND, command.to_bytes(2, "little"))
-
     def add_capability(self, identity: int, body: bytes, writable: bytes = b"") -> int:
         """Append a capability whose bytes after ID and link are *body*; its offset.
 

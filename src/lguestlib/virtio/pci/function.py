@@ -1,7 +1,7 @@
 """A virtio device as a PCI function: configuration space, a BAR of registers, MSI-X (virtio 1.3, 4.1.2 to 4.1.5)."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from lguestlib.abi import pci, virtio_ids
 from lguestlib.abi import virtio_pci as abi
@@ -42,16 +42,6 @@ QUEUES_MAX = (MSIX_PENDING_AT - MSIX_TABLE_AT) // pci.PCI_MSIX_ENTRY_SIZE - 1
 """What there are vectors for, with that of the config space."""
 
 _CFG_DATA = offset_of(abi.virtio_pci_cfg_cap, "pci_cfg_data")
-
-
-class Function(Protocol):
-    """What a bus knows of a function; its owner takes the effects after every access."""
-
-    def read_config(self, offset: int, size: int) -> bytes:
-        """*size* bytes of configuration space at *offset*."""
-
-    def write_config(self, offset: int, data: bytes) -> None:
-        """Write *data* to configuration space at *offset*."""
 
 
 class _Window(NamedTuple):

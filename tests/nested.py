@@ -1,0 +1,115 @@
+"""A machine with real KVM for tests: QEMU emulates a processor with SVM, and Debian's cloud kernel uses it.
+
+In it are this interpreter, the library as it is here, and the kernel once more: the
+host that a launcher finds there can boot its own Linux.
+"""
+
+import json
+import os
+import py_compile
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import interpreters
+import pytest
+import sessions
+from linux import SHELL, Linux
+
+from lguestlib.memory.image.newc import NewcArchive
+from lguestlib.runtime.errors import LaunchError
+from lguestlib.runtime.initramfs.archive import make_initramfs
+from lguestlib.runtime.initramfs.modules import resolve
+from memory.images import real_kernel
+
+OWN_MODULES = ("kvm_amd", "tun")
+"""What the machine itself needs."""
+
+GUEST_MODULES = ("virtio_pci", "virtio_mmio", "virtio_blk", "virtio_net", "virtio_console", "virtio_rng")
+
+_IMPORTS = """
+import importlib, json, pkgutil, sys
+import encodings.utf_8, encodings.latin_1, encodings.ascii, encodings.idna, zipimport, runpy, readline
+import lguestlib
+for module in pkgutil.walk_packages(lguestlib.__path__, "lguestlib."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+import datetime, gzip, bz2, lzma, importlib.metadata, sysconfig
+sysconfig.get_config_vars()
+print(json.dumps(sorted({module.__file__ for module in sys.modules.values() if getattr(module, "__file__", None)})))
+"""
+
+
+class NestedKvm(Linux):
+    """That machine, with a shell; *files* of this one's are at the same paths in there."""
+
+    name = "nested"
+
+    def __init__(self, directory: Path, memory: int = 1024, cpus: int = 2, files: Iterable[Path] = ()) -> None:
+        sessions.programs_or_skip(**{"qemu-system-x86_64": "qemu-system-x86"})
+        kernel = real_kernel()
+        [modules] = (kernel.parents[1] / "lib/modules").iterdir()
+        try:
+            archive = make_initramfs(resolve(modules, OWN_MODULES), SHELL)
+            guest_modules = resolve(modules, GUEST_MODULES)
+        except LaunchError as error:
+            pytest.skip(str(error))
+        archive.file(f"boot/{kernel.name}", kernel.read_bytes())
+        for name in ("modules.dep", "modules.builtin"):
+            archive.file(f"lib/modules/{modules.name}/{name}", (modules / name).read_bytes())
+        for module in guest_modules:
+            archive.file(f"lib/modules/{modules.name}/{module.relative_to(modules)}", module.read_bytes())
+        _add_python(archive, directory)
+        for path in files:
+            archive.file(str(path).lstrip("/"), path.read_bytes(), path.stat().st_mode & 0o777)
+        initrd = directory / "nested.cpio"
+        initrd.write_bytes(archive.pack())
+        super().__init__([
+            "qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", str(cpus), "-m", str(memory),
+            "-nodefaults", "-display", "none", "-no-reboot",
+            "-chardev", "stdio,id=screen,signal=off", "-serial", "chardev:screen",
+            "-kernel", str(kernel), "-initrd", str(initrd),
+            "-append", "console=ttyS0 loglevel=4 mitigations=off",
+        ])  # fmt: skip
+
+    def python(self) -> str:
+        """The words that start the interpreter."""
+        return f"PYTHONPATH=/lguestlib PYTHONDONTWRITEBYTECODE=1 {_interpreter()}"
+
+
+def _interpreter() -> str:
+    return os.path.realpath(sys.executable)
+
+
+def _add_python(archive: NewcArchive, directory: Path) -> None:
+    """The interpreter, the modules that the library imports, compiled, and the libraries of both."""
+    programs = {_interpreter()}
+    source = str(interpreters.SOURCE)
+    environment = os.environ | {"PYTHONPATH": source}
+    told = subprocess.run(
+        [_interpreter(), "-c", _IMPORTS], env=environment, capture_output=True, text=True, check=True
+    )
+    for file in json.loads(told.stdout):
+        place = file.replace(source, "/lguestlib").lstrip("/")
+        if file.endswith(".py"):
+            compiled = directory / "compiled.pyc"
+            py_compile.compile(file, cfile=str(compiled), dfile=file, doraise=True)
+            archive.file(place + "c", compiled.read_bytes())
+        elif file.endswith(".so"):
+            programs.add(file)
+    for name in ("runtime/guest/guest.elf", "runtime/initramfs/init.sh"):
+        archive.file(f"lguestlib/lguestlib/{name}", (interpreters.SOURCE / "lguestlib" / name).read_bytes())
+    main = interpreters.SOURCE / "lguestlib/__main__.py"
+    py_compile.compile(str(main), cfile=str(directory / "compiled.pyc"), doraise=True)
+    archive.file("lguestlib/lguestlib/__main__.pyc", (directory / "compiled.pyc").read_bytes())
+    archive.symlink("usr/bin/python3", _interpreter())
+    for path in sorted(programs | set(_libraries(programs))):
+        archive.file(path.lstrip("/"), Path(path).read_bytes(), 0o755)
+
+
+def _libraries(programs: Iterable[str]) -> Iterator[str]:
+    for program in programs:
+        listed = subprocess.run(["ldd", program], capture_output=True, text=True, check=True).stdout
+        yield from re.findall(r"(/\S+) \(0x", listed)
