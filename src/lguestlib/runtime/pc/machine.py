@@ -74,6 +74,14 @@ _RESET_CPU = 1 << 2
 RESET_VALUE = 0x6
 """A full reset, of what a PC's chipset has at this port."""
 
+RESET_VECTOR = GuestAddress(0xFFFF0)
+_RESET_CODE = bytes.fromhex("baf90c b006 ee f4 ebfd")
+"""mov $0xcf9, %dx; mov $6, %al; out %al, %dx; hlt; jmp to the hlt: in real mode.
+
+Where hardware is reduced, and there is no EFI, Linux starts over as the oldest PCs do:
+it jumps into the BIOS.
+"""
+
 _ONES = b"\xff"
 
 PcRunner = PciDeviceRunner | MmioDeviceRunner
@@ -199,6 +207,7 @@ class PcMachine(Machine[PcRunner]):
         )
         tables = acpi_tables(platform, FIRMWARE.start)
         self.memory.write(tables.at, tables.content)
+        self.memory.write(RESET_VECTOR, _RESET_CODE)
         return tables.at
 
     def memory_map(self) -> list[E820Entry]:
