@@ -1,0 +1,259 @@
+"""A device at work behind a PCI function: doorbells, messages, the pin, and resets with I/O under way."""
+
+import os
+import select
+import struct
+import threading
+from collections.abc import Iterator, Sequence
+
+import pytest
+from runtime.rigs import BUFFERS_AT, buffer, eventually, nothing_left
+from runtime.wires import FakeWires
+
+from lguestlib.abi.eventfd import SIGNAL
+from lguestlib.memory.address import GuestAddress
+from lguestlib.memory.guest import GuestMemory
+from lguestlib.runtime.pc.runner import PciDeviceRunner
+from lguestlib.runtime.pc.vectors import Routes
+from lguestlib.virtio.chain import Chain
+from lguestlib.virtio.device import RING_FEATURES, Device, Queue
+from lguestlib.virtio.layout import QueueLayout
+from lguestlib.virtio.pci.function import COMMON_AT, CONFIG_AT, ISR_AT, MSIX_PENDING_AT, MSIX_TABLE_AT, NOTIFY_AT
+from lguestlib.virtio.split_driver import SplitDriverQueue
+
+BAR = 0xC000_0000
+MSIX_CONTROL = 0x42
+ENABLE, MASK_ALL = 0x8000, 0x4000
+INTX_DISABLE = 0x400
+
+
+class Echo(Device):
+    """Copies what it is given back, on either queue."""
+
+    device_type = 42
+
+    def __init__(self) -> None:
+        super().__init__("echo")
+        self.space = b"config"
+
+    def config(self) -> bytes:
+        return self.space
+
+    def queues(self) -> Sequence[Queue]:
+        return [Queue(f"work{index}", self.serve) for index in range(2)]
+
+    def serve(self, chain: Chain) -> int:
+        data = chain.read()
+        if data == b"fail":
+            raise OSError(5, "the device is broken")
+        return chain.write(data)
+
+
+class Guest:
+    """The driver: what the specification tells it to do, access by access."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.wires = FakeWires()
+        self.pins: list[bool] = []
+        self.reports: list[str] = []
+        self.memory = memory
+        self.device = Echo()
+        self.runner = PciDeviceRunner(
+            self.device, memory, self.reports.append, self.wires, Routes(self.wires), self.pins.append
+        )
+        self.rings: list[SplitDriverQueue[int]] = []
+
+    def put(self, at: int, layout: str, value: int) -> None:
+        self.runner.write(at, struct.pack("<" + layout, value))
+
+    def get(self, at: int, layout: str) -> int:
+        value: int = struct.unpack("<" + layout, self.runner.read(at, struct.calcsize("<" + layout)))[0]
+        return value
+
+    def decode(self, bar: int = BAR) -> None:
+        self.runner.write_config(0x10, bar.to_bytes(8, "little"))
+        self.runner.write_config(4, b"\x06\0")
+
+    def message(self, vector: int, data: int, masked: bool = False) -> None:
+        at = MSIX_TABLE_AT + 16 * vector
+        self.runner.write(at, (0xFEE0_0000).to_bytes(8, "little"))
+        self.put(at + 8, "I", data)
+        self.put(at + 12, "I", masked)
+
+    def control(self, flags: int) -> None:
+        self.runner.write_config(MSIX_CONTROL, flags.to_bytes(2, "little"))
+
+    def start(self, vectors: bool = True) -> None:
+        for status in (0, 1, 3):
+            self.put(COMMON_AT + 20, "B", status)
+        for page in (0, 1):
+            self.put(COMMON_AT + 8, "I", page)
+            self.put(COMMON_AT + 12, "I", int(RING_FEATURES) >> 32 * page & 0xFFFF_FFFF)
+        self.put(COMMON_AT + 20, "B", 11)
+        if vectors:
+            self.put(COMMON_AT + 16, "H", 0)
+        for index in range(2):
+            layout = QueueLayout.contiguous(index, 16, GuestAddress(0x1000 * (index + 1)))
+            self.rings.append(SplitDriverQueue(layout, self.memory, int(RING_FEATURES)))
+            self.put(COMMON_AT + 22, "H", index)
+            self.put(COMMON_AT + 24, "H", 16)
+            if vectors:
+                self.put(COMMON_AT + 26, "H", index + 1)
+            for offset, address in ((32, layout.descriptors), (40, layout.available), (48, layout.used)):
+                self.put(COMMON_AT + offset, "I", address)
+            self.put(COMMON_AT + 28, "H", 1)
+        self.put(COMMON_AT + 20, "B", 15)
+
+    def request(self, queue: int, text: bytes) -> None:
+        self.memory.write(GuestAddress(BUFFERS_AT), text)
+        self.rings[queue].add([buffer(0, len(text))], [buffer(1)], 0)
+        os.write(self.wires.doorbells[BAR + NOTIFY_AT + 4 * queue], SIGNAL)
+
+    def interrupts(self, source: int) -> bool:
+        """Whether an interrupt of *source* is on its way through its eventfd."""
+        fd = self.runner._interrupts_by_source[source].fd
+        return bool(select.select([fd], [], [], 0)[0])
+
+    def close(self) -> None:
+        for ring in self.rings:
+            ring.release()
+        self.runner.close()
+
+
+@pytest.fixture
+def guest() -> Iterator[Guest]:
+    with nothing_left(), GuestMemory.anonymous(16 << 20) as memory:
+        made = Guest(memory)
+        yield made
+        made.close()
+
+
+def used(guest: Guest, queue: int) -> bytes:
+    done: list[tuple[int, int]] = []
+
+    def back() -> bool:
+        done.extend(guest.rings[queue].reap())
+        return bool(done)
+
+    eventually(back, "the answer")
+    return guest.memory.read(buffer(1).address, done[0][1])
+
+
+def test_each_queue_has_a_doorbell_that_moves_with_the_bar(guest: Guest) -> None:
+    assert guest.wires.doorbells == {}
+    guest.decode()
+    fds = [kick.fd for kick in guest.runner.kicks]
+    assert guest.wires.doorbells == {BAR + NOTIFY_AT: fds[0], BAR + NOTIFY_AT + 4: fds[1]}
+    guest.runner.write_config(0x14, b"\x12\0\0\0")
+    moved = 0x12_0000_0000 + BAR + NOTIFY_AT
+    assert guest.wires.doorbells == {moved: fds[0], moved + 4: fds[1]}
+    guest.runner.write_config(4, b"\0\0")
+    assert guest.wires.doorbells == {} and guest.runner.bar is None
+
+
+def test_a_request_is_rung_for_and_its_answer_is_the_queues_own_message(guest: Guest) -> None:
+    guest.decode()
+    guest.control(ENABLE)
+    guest.start()
+    for vector in range(3):
+        guest.message(vector, 0x40 + vector)
+    assert sorted(route.data for route in guest.wires.routes.values()) == [0x40, 0x41, 0x42]
+    for queue in (1, 0):
+        gsi = guest.wires.irqfds[guest.runner._interrupts_by_source[queue].fd]
+        assert guest.wires.routes[gsi].data == 0x41 + queue
+        guest.request(queue, b"hello")
+        assert used(guest, queue) == b"hello"
+        eventually(lambda: guest.interrupts(queue), "the interrupt")
+        guest.wires.deliver()
+        assert guest.wires.taken == [gsi]
+        guest.wires.taken.clear()
+    assert guest.pins == [] and guest.get(ISR_AT, "B") == 0
+
+
+def test_t8_an_interrupt_while_its_vector_is_masked_pends_until_it_is_unmasked(guest: Guest) -> None:
+    guest.decode()
+    guest.control(ENABLE)
+    guest.start()
+    guest.message(1, 0x41, masked=True)
+    guest.request(0, b"hello")
+    used(guest, 0)
+    eventually(lambda: guest.get(MSIX_PENDING_AT, "I") == 0b010, "the pending bit")
+    guest.put(MSIX_TABLE_AT + 16 + 12, "I", 0)
+    assert len(guest.wires.taken) == 1
+    assert guest.get(MSIX_PENDING_AT, "I") == 0
+
+
+def test_without_msix_the_pin_is_asserted_until_the_isr_is_read(guest: Guest) -> None:
+    guest.decode()
+    guest.start(vectors=False)
+    guest.request(0, b"hello")
+    assert used(guest, 0) == b"hello"
+    eventually(lambda: guest.pins == [True], "the pin")
+    assert guest.get(ISR_AT, "B") == 1
+    assert guest.pins == [True, False]
+    guest.device.space = b"other!"
+    guest.device.on_config_change(guest.device)
+    assert guest.pins == [True, False, True]
+    assert guest.get(CONFIG_AT, "I") == int.from_bytes(b"othe", "little")
+    assert (guest.get(ISR_AT, "B"), guest.pins[-1]) == (2, False)
+
+
+def test_a_disabled_pin_stays_as_it_is(guest: Guest) -> None:
+    guest.decode()
+    guest.start(vectors=False)
+    guest.runner.write_config(4, (2 | INTX_DISABLE).to_bytes(2, "little"))
+    guest.request(0, b"hello")
+    used(guest, 0)
+    eventually(lambda: bool(guest.runner.function.transport.isr), "the ISR")
+    assert guest.pins == []
+
+
+def test_a_changed_config_space_interrupts_by_its_own_vector(guest: Guest) -> None:
+    guest.decode()
+    guest.control(ENABLE)
+    guest.start()
+    generation = guest.get(COMMON_AT + 21, "B")
+    guest.device.space = b"other!"
+    guest.device.on_config_change(guest.device)
+    assert guest.interrupts(-1)
+    assert guest.get(COMMON_AT + 21, "B") != generation
+
+
+def test_a_device_that_fails_says_so_by_its_config_interrupt(guest: Guest) -> None:
+    guest.decode()
+    guest.control(ENABLE)
+    guest.start()
+    guest.request(0, b"fail")
+    eventually(lambda: bool(guest.reports), "the report")
+    assert "the device is broken" in guest.reports[0]
+    assert guest.get(COMMON_AT + 20, "B") == 15 | 0x40
+    assert guest.interrupts(-1)
+
+
+def test_t3_a_reset_ends_the_threads_and_takes_the_vectors(guest: Guest) -> None:
+    guest.decode()
+    guest.control(ENABLE)
+    guest.start()
+    for vector in range(3):
+        guest.message(vector, 0x40 + vector)
+    assert len(guest.wires.irqfds) == 3
+    assert sorted(thread.name for thread in threading.enumerate() if "echo" in thread.name) == ["echo work0", "echo work1"]
+    guest.put(COMMON_AT + 20, "B", 0)
+    assert guest.get(COMMON_AT + 20, "B") == 0
+    assert not [thread.name for thread in threading.enumerate() if "echo" in thread.name]
+    assert guest.wires.irqfds == {} and len(guest.wires.doorbells) == 2
+    for ring in guest.rings:
+        ring.release()
+    guest.rings.clear()
+    guest.start()
+    guest.request(1, b"again")
+    assert used(guest, 1) == b"again"
+
+
+def test_t8_a_kick_before_driver_ok_is_served_when_the_thread_is_there(guest: Guest) -> None:
+    guest.decode()
+    os.write(guest.wires.doorbells[BAR + NOTIFY_AT], SIGNAL)
+    guest.put(NOTIFY_AT, "H", 0)
+    guest.start()
+    guest.request(0, b"hello")
+    assert used(guest, 0) == b"hello"
