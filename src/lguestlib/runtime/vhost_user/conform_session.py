@@ -30,8 +30,8 @@ from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import QueueLayout
 from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.split_driver import Buffer, SplitDriverQueue
-from lguestlib.virtio.vhost_user.frontend import PROTOCOL_FEATURES, RequestRefused, Requests, RingAddresses
-from lguestlib.virtio.vhost_user.memory_table import MemoryRegion
+from lguestlib.virtio.vhost_user.frontend import PROTOCOL_FEATURES, RequestRefused, Requests
+from lguestlib.virtio.vhost_user.memory_table import MemoryRegion, RingAddresses
 from lguestlib.virtio.vhost_user.message import Message, ProtocolError, u64
 
 KINDS = ("blk", "net", "console", "rng")
