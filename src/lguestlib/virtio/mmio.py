@@ -35,7 +35,7 @@ class MmioTransport(RegisterTransport):
         self._noted = note
         if note:
             # Another process's queues begin anew with the device alone.
-            self.offered |= Feature.RING_RESET
+            self.offered |= int(Feature.RING_RESET)
         self._readers = self._make_readers()
         self._writers = self._make_writers()
 
