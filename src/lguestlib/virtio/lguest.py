@@ -75,7 +75,7 @@ def legacy_features(device: Device) -> int:
     EVENT_IDX among them: a driver that knows it, Linux from 3.0 on, saves
     interrupts and notifications by it, and one that does not leaves it.
     """
-    offered = device.offered | device.legacy_features | Feature.NOTIFY_ON_EMPTY
+    offered = device.offered | device.legacy_features | int(Feature.NOTIFY_ON_EMPTY)
     return offered & ~device.withheld & _LEGACY_FEATURES
 
 
