@@ -121,7 +121,7 @@ cloud-hypervisor, ...) may come and go as often as it likes.
 each device:
   --socket-path PATH   listen there; what is left there by a process that was killed is replaced
   --fd N               or serve the Unix socket inherited under this number
-  --without NAME,...   do not offer these features (event_idx, indirect_desc, mrg_rxbuf, ...)
+  --without NAME,...   do not offer these features (event_idx, indirect_desc, ring_packed, ...)
   --poll MICROSECONDS  look for work up to that long before a sleep, as long as that pays: saves
                        a busy queue its wake-ups, and costs a processor
   --print-capabilities what KIND can do, as JSON, and no more

@@ -208,6 +208,28 @@ def test_packed_rings_are_offered_where_somebody_chooses_and_else_nowhere() -> N
     assert device.offered & Feature.RING_PACKED
 
 
+def test_chains_are_said_to_come_back_in_order_only_where_no_transfer_overtakes_another() -> None:
+    device = Slow()
+    assert not device.offered & Feature.IN_ORDER
+    device.withheld = 0
+    assert device.offered & Feature.IN_ORDER
+    disk = FileDisk.scratch(1 << 20)
+    one_by_one = Block(disk)
+    one_by_one.withheld = 0
+    assert one_by_one.offered & Feature.IN_ORDER
+    line = Line()
+
+    class Overtaking(Slow):
+        def queues(self) -> tuple[Queue, ...]:
+            return (Queue("requests", self.serve), line.queue)
+
+    overtaking = Overtaking()
+    overtaking.withheld = 0
+    assert not overtaking.offered & Feature.IN_ORDER
+    line.close()
+    disk.close()
+
+
 def _reaped(queue: GuestQueue) -> bool:
     return bool(queue.reap())
 

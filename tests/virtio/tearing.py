@@ -3,8 +3,9 @@
     python tearing.py FD FIELD HOW
 
 FD is a file of `SIZE` bytes that holds the ring at `LAYOUT`, a packed one where
-FIELD is one of `PACKED_FIELDS`.  FIELD is one of `FIELDS` or of those; it gets the values of `VALUES` in turn, through the queue's own view of
-it, or, if HOW is `pack_into`, as `struct.pack_into` would.
+FIELD is one of `PACKED_FIELDS` and not one of `FIELDS`.  FIELD gets the values of
+`VALUES` in turn, through the queue's own view of it, or, if HOW is `pack_into`, as
+`struct.pack_into` would.
 """
 
 import struct

@@ -1,4 +1,4 @@
-"""The inflight record of packed rings: its bytes, and that whenever its device is killed nothing is lost or done twice."""
+"""The inflight record of packed rings: its bytes, and that nothing is lost or done twice when its device is killed."""
 
 import struct
 from collections.abc import Callable, Iterator

@@ -213,7 +213,8 @@ def test_nothing_leaks_whatever_a_device_returns() -> None:
         for turn in range(3000):
             if driver.free >= 2:
                 driver.add([buffer(0)], [buffer(1)] * random.randrange(2), turn)
-            made.ring.describe(random.randrange(6), Packed(0, random.randrange(20), random.randrange(1 << 16), random.randrange(8)))
+            noise = Packed(0, random.randrange(20), random.randrange(1 << 16), random.randrange(8))
+            made.ring.describe(random.randrange(6), noise)
             try:
                 driver.reap()
             except errors.QueueError as error:

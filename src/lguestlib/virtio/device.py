@@ -22,7 +22,7 @@ It may raise InterruptedError, having done nothing, when it is to stop; and
 """
 
 RING_FEATURES = Feature.VERSION_1 | Feature.RING_INDIRECT_DESC | Feature.RING_EVENT_IDX
-"""What every device of this library offers beside its own features; it has RING_PACKED besides."""
+"""What every device of this library offers beside its own features; it has RING_PACKED and IN_ORDER besides."""
 
 QUEUE_SIZE = 256
 
@@ -80,11 +80,11 @@ class Device(ABC):
 
     def __init__(self, name: str) -> None:
         self.name = name
-        self.withheld = int(Feature.RING_PACKED)
+        self.withheld = int(Feature.RING_PACKED | Feature.IN_ORDER)
         """Feature bits that are not offered although the device has them.
 
         Packed rings take this library longer than split ones, and a driver has
-        whatever it is offered: only where there is somebody else to choose.
+        whatever it is offered: such are offered only where somebody else may choose.
         """
         self.on_config_change: Callable[[Device], None] = _nobody
         """Called by the device after its config space changed; set by its transport's owner."""
@@ -102,7 +102,11 @@ class Device(ABC):
     @property
     def offered(self) -> int:
         """The feature bits a driver is offered, the ring's included."""
-        return (self.features | int(RING_FEATURES | Feature.RING_PACKED)) & ~self.withheld
+        ring = RING_FEATURES | Feature.RING_PACKED
+        if not any(queue.transfers for queue in self.queues()):
+            # One chain after another, and so they come back; transfers do when they are done.
+            ring |= Feature.IN_ORDER
+        return (self.features | int(ring)) & ~self.withheld
 
     def config(self) -> bytes:
         """The device configuration space as it is now (virtio 1.3, 2.5)."""

@@ -18,6 +18,7 @@ def feature_names(device_type: int, features: int) -> dict[str, int]:
         "indirect_desc": int(Feature.RING_INDIRECT_DESC),
         "event_idx": int(Feature.RING_EVENT_IDX),
         "ring_packed": int(Feature.RING_PACKED),
+        "in_order": int(Feature.IN_ORDER),
     }
     if device_type in _TYPES:
         module, prefix = _TYPES[device_type]
