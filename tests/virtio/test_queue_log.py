@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 from virtio.arena import BUFFERS_AT, END, ISLAND, SEAM, VICTIM_AT, Arena
+from virtio.packed_rings import PACKED, Packed, PackedRing
 from virtio.rings import (
     PAGE,
     PLAIN,
@@ -24,7 +25,9 @@ from lguestlib.memory.dirty_log import DirtyLog
 from lguestlib.virtio import errors
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.layout import QueueLayout, RingIndex
+from lguestlib.virtio.packed_device import PackedDeviceQueue
 from lguestlib.virtio.queue_log import QueueLog
+from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.split_device import SplitDeviceQueue
 
 ALL = (ISLAND + PAGE) // PAGE // 8 + 1
@@ -247,3 +250,55 @@ def test_t16_cve_2020_10722_a_log_too_small_for_what_is_logged_is_refused() -> N
                 device.release()
                 log.taken()
             log.close()
+
+
+def test_t16_of_a_packed_ring_the_descriptors_written_over_are_marked_where_they_are(log: Log) -> None:
+    """And the event structure by its log address; after the writes, and once more after the one that publishes."""
+    event_at = GuestAddress(0x2_F000)
+    with memory_of((0, 0x30000)) as memory:
+        # Two pages of descriptors, the ring's end and its start.
+        layout = QueueLayout.contiguous(0, 512, GuestAddress(0x4000))
+        ring = PackedRing(memory, layout, 510)
+        for index in range(512):
+            ring.describe(index, Packed(0, 0, 1 << 7 | 1 << 15))
+        state = QueueState(510 | 1 << 15, 510 | 1 << 15)
+        device = PackedDeviceQueue(layout, memory, PACKED, state, log=QueueLog(log, True, event_at))
+        assert log.taken() == pages((0x4000, 16 * 512), (event_at, 4))
+        for number in range(4):
+            ring.offer(Packed(0x1_0000 + 0x1000 * number, 16, 2), id=number)
+        chains = device.pop_many()
+        assert log.taken() == set()
+        log.story.clear()
+        for chain in chains:
+            chain.written = 1
+        device.push_many(chains)
+        slots = [0x4000 + 16 * slot for slot in (510, 511, 0, 1)]
+        buffers = [[(0x1_0000 + 0x1000 * number, 16)] for number in range(4)]
+        marked = [ranges for ranges, _ in log.story]
+        assert marked == [
+            buffers[0], buffers[1], [(slots[1], 16)], buffers[2], [(slots[2], 16)], buffers[3], [(slots[3], 16)],
+            [(slots[0], 16)], [(slots[0], 16)],
+        ]  # fmt: skip
+        assert log.taken() == pages((0x4000, 16), (0x5000, 0x1000), (0x1_0000, 0x4000))
+        device.disable_notifications()
+        device.enable_notifications()
+        assert log.taken() == pages((event_at, 4))
+        device.release()
+        ring.release()
+
+
+def test_t16_a_log_too_small_for_a_packed_ring_is_refused() -> None:
+    with nothing_left(), memory_of((0, 0x1_0000)) as memory:
+        layout = QueueLayout.contiguous(0, 8, GuestAddress(0x9000))
+        for used, buffers, good in (
+            (0x7FFC, False, False), (0x8000, False, False), (0x7FFC, True, False), (None, False, True),
+        ):  # fmt: skip
+            # Eight pages: up to 0x8000.
+            small = Log(1)
+            given = QueueLog(small, buffers, None if used is None else GuestAddress(used))
+            if good:
+                PackedDeviceQueue(layout, memory, PACKED, log=given).release()
+            else:
+                error = raised(partial(PackedDeviceQueue, layout, memory, PACKED, log=given))
+                assert isinstance(error, errors.DirtyLogTooSmall)
+            small.close()
