@@ -22,7 +22,7 @@ from lguestlib.runtime.vhost_user.compare import compare, workload
 from lguestlib.runtime.vhost_user.conform import Examination, Result, Unsuitable, Verdict
 from lguestlib.runtime.vhost_user.server import Server
 from lguestlib.virtio.chain import Chain
-from lguestlib.virtio.conformance.case import Case, ConversationCase, Fault, RingCase
+from lguestlib.virtio.conformance.case import Case, ConversationCase, Fault, PackedCase, RingCase
 from lguestlib.virtio.conformance.catalogue import CASES, select
 from lguestlib.virtio.conformance.ring import DISK_SECTORS, MemoryDisk
 from lguestlib.virtio.device import Device
@@ -57,7 +57,7 @@ def serving(device: Device, path: str) -> Iterator[Server]:
 def over_a_socket(kind: str) -> list[Case]:
     return [
         case for case in CASES
-        if isinstance(case, (RingCase, ConversationCase)) and case.applies.device in ("any", kind)
+        if isinstance(case, (RingCase, PackedCase, ConversationCase)) and case.applies.device in ("any", kind)
     ]  # fmt: skip
 
 
@@ -104,9 +104,9 @@ def test_every_case_that_goes_over_a_socket_passes_against_our_own_disk(path: st
     for each in found:
         if isinstance(each.case, ConversationCase) and each.case.refused:
             assert "refused" in each.note or "disconnected" in each.note, each.case.name
-        if isinstance(each.case, RingCase) and any(isinstance(event, Fault) for event in each.case.events):
+        if isinstance(each.case, (RingCase, PackedCase)) and any(isinstance(event, Fault) for event in each.case.events):
             assert "ring failed" in each.note or "disconnected" in each.note or each.verdict is Verdict.SKIP, each
-        if isinstance(each.case, RingCase) and not any(isinstance(event, Fault) for event in each.case.events):
+        if isinstance(each.case, (RingCase, PackedCase)) and not any(isinstance(event, Fault) for event in each.case.events):
             assert "ring failed" not in each.note and "disconnected" not in each.note, each
 
 
@@ -331,7 +331,7 @@ def test_every_case_is_listed_without_a_back_end() -> None:
     assert len(lines) == len(CASES)
     assert any(line.startswith("ring+thread+vhost-user  S8 an indirect table after direct") for line in lines)
     listed = json.loads(run("conform", "--list", "--json", "--only", "P7").output)
-    assert {case["name"].split()[0] for case in listed} == {"P7"} and listed[0]["runners"] == ["ring"]
+    assert {case["name"].split()[0] for case in listed} == {"P7"} and listed[0]["runners"] == ["ring", "vhost-user"]
 
 
 @pytest.mark.parametrize(

@@ -8,63 +8,23 @@ was room for, wrong data, or a request lost.
 
 import os
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 
-from lguestlib.memory.guest import AddressError
-from lguestlib.runtime.vhost_user.conform_session import (
-    KINDS,
-    Disk,
-    Driver,
-    Session,
-    Skip,
-    Wishes,
-    Wrong,
-    flood,
-    readable,
-)
+from lguestlib.runtime.vhost_user.conform_courses import ConversationCourse, PackedCourse, RingCourse
+from lguestlib.runtime.vhost_user.conform_session import KINDS, Disk, Driver, Session, Skip, Wishes, Wrong
 from lguestlib.runtime.vhost_user.line import Gone, Hang
-from lguestlib.virtio.conformance.case import (
-    Begin,
-    Case,
-    ConversationCase,
-    ConversationStep,
-    Descriptor,
-    Do,
-    Fault,
-    Flicker,
-    Interrupts,
-    Kick,
-    Load,
-    PackedCase,
-    Publish,
-    Raw,
-    RegisterCase,
-    Restart,
-    Rewrite,
-    RingCase,
-    RingStep,
-    Say,
-    Sectors,
-    Served,
-    Take,
-    WatchedCase,
-    Told,
-)
-from lguestlib.virtio.conformance.place import Place
-from lguestlib.virtio.conformance.ring import DISK_SECTORS, wrong_content
+from lguestlib.virtio.conformance.case import Case, ConversationCase, PackedCase, RegisterCase, RingCase, WatchedCase
+from lguestlib.virtio.conformance.ring import DISK_SECTORS
+from lguestlib.virtio.features import Feature
 from lguestlib.virtio.vhost_user.frontend import RequestRefused
 from lguestlib.virtio.vhost_user.message import ProtocolError
 
 SECONDS = 2.0
 """How long an answer, or a request, may take."""
-
-_SETTLE_SECONDS = 0.25
-"""How long a driver that has broken a rule waits for what comes of it."""
 
 _GONE_SECONDS = 1.0
 """How long a back-end may take to give back what a connection has cost."""
@@ -130,20 +90,6 @@ class Unsuitable(Exception):
     """There is no back-end there that cases can be run against; the text says why."""
 
 
-@dataclass
-class _Course:
-    """One case while it is run."""
-
-    case: Case
-    session: Session
-    notes: list[str] = field(default_factory=list)
-
-    def note(self, text: str) -> None:
-        """Something the back-end did."""
-        if text not in self.notes:
-            self.notes.append(text)
-
-
 class Examination:
     """Cases against the back-end at *path*, a device of *kind*; with *writes*, those too that write to a disk.
 
@@ -206,7 +152,7 @@ class Examination:
             return Verdict.SKIP, [reason]
         if self._is_dead:
             return Verdict.SKIP, ["the back-end has not survived a case before"]
-        assert isinstance(case, RingCase | ConversationCase)
+        assert isinstance(case, RingCase | PackedCase | ConversationCase)
         notes: list[str] = []
         verdict = Verdict.PASS
         try:
@@ -230,26 +176,26 @@ class Examination:
                 return "not to be seen from outside: tests of this library run it"
             case RegisterCase():
                 return "registers: not over a socket"
-            case PackedCase():
-                return "packed rings are run without a socket"
-            case RingCase() | ConversationCase():
+            case RingCase() | PackedCase() | ConversationCase():
                 if case.applies.device not in ("any", self.kind):
                     return f"for a {case.applies.device} device"
                 if case.applies.writes and not self._writes:
                     return "writes to the disk (--write)"
-        if isinstance(case, RingCase) and any(isinstance(step, Take) for step in case.steps):
-            return "wants a device that takes a chain and waits"
-        return ""
+        return "" if "vhost-user" in case.runners else "wants a device that takes a chain and waits"
 
-    def _play(self, case: RingCase | ConversationCase) -> list[str]:
+    def _play(self, case: RingCase | PackedCase | ConversationCase) -> list[str]:
         applies = case.applies
+        if isinstance(case, PackedCase):
+            with self._session(Wishes(case.features | Feature.RING_PACKED, applies.feature)) as session:
+                session.negotiate()
+                return PackedCourse(case, session).play()
         if isinstance(case, RingCase):
             wishes = Wishes(case.features, applies.feature, queues=applies.queues)
             with self._session(wishes) as session:
                 session.negotiate()
-                return _RingCourse(case, session, self._running).play()
+                return RingCourse(case, session, self._running).play()
         wishes = Wishes(0, applies.feature, case.vhost, case.needs, case.without, applies.queues)
-        return _Conversation(case, lambda: self._session(wishes)).play()
+        return ConversationCourse(case, lambda: self._session(wishes)).play()
 
     @staticmethod
     def _running(session: Session) -> Driver:
@@ -263,9 +209,9 @@ class Examination:
 
     def _afterwards(self, case: Case) -> str:
         """What is wrong with the back-end after *case*: the five assertions, as far as they show from outside."""
-        if isinstance(case, RingCase) and case.applies.writes:
+        if isinstance(case, RingCase | PackedCase) and case.applies.writes:
             self._disk.sectors.clear()
-        is_legal = isinstance(case, RingCase) and case.demanded
+        is_legal = isinstance(case, RingCase | PackedCase) and case.demanded
         try:
             if not is_legal:
                 with self._session(Wishes()) as session:
@@ -317,421 +263,3 @@ class Examination:
                 break
             last = now
         return last
-
-
-class _RingCourse:
-    """A ring case in one session."""
-
-    def __init__(self, case: RingCase, session: Session, running: Callable[[Session], Driver]) -> None:
-        self._case = case
-        self._session = session
-        self._running = running
-        self._notes: list[str] = []
-        self._returned: list[Served] = []
-        # Heads that are out, each with the room its chain has.
-        self._out: Counter[int] = Counter()
-        self._rooms: dict[int, int] = {}
-        self._ended = ""
-
-    def play(self) -> list[str]:
-        """Play it; what the back-end did.  Raises what `Examination` makes verdicts of."""
-        case, session = self._case, self._session
-        if any(isinstance(step, Load) for step in case.steps):
-            driver = self._running(session)
-            for step in case.steps:
-                assert isinstance(step, Load)
-                driver.load(step.requests, step.depth)
-            return self._notes
-        index = session.queue
-        self._place = place = Place(session.memory, index, case.size, case.base)
-        place.lay_out(case)
-        place.misplace(case.misplaced)
-        self._most = sum(each.length for each in self._writable())
-        self._seen = self._used_index(0)
-        try:
-            session.share()
-            session.set_up(place.layout, case.base)
-            session.enable(index)
-        except RequestRefused:
-            return self._refused("refused")
-        except Gone:
-            return self._refused("disconnected")
-        session.take(session.descriptors(index).call)
-        place.remember()
-        for step in case.steps:
-            if self._ended:
-                break
-            self._step(step)
-        self._judge()
-        self._take_leave()
-        return self._notes
-
-    def _refused(self, how: str) -> list[str]:
-        if self._case.demanded:
-            raise Gone("the ring is refused") if how == "disconnected" else Wrong("the ring is refused")
-        return [how]
-
-    def _writable(self) -> list[Descriptor]:
-        tables = [*self._case.indirect.values(), tuple(self._case.table.values())]
-        return [each for table in tables for each in table if each.flags & 2]
-
-    def _look(self, rings: bool = False) -> None:
-        touched = self._place.touched(rings)
-        if touched:
-            raise Wrong(str(touched))
-
-    def _step(self, step: RingStep) -> None:
-        place, session, index = self._place, self._session, self._session.queue
-        match step:
-            case Publish(heads):
-                self._look()
-                for head in heads:
-                    self._out[head] += 1
-                    room = place.room(head, session.features) if head < place.layout.size else None
-                    self._rooms[head] = self._most if room is None else room
-                place.publish(step)
-                place.remember()
-            case Kick():
-                session.kick(index)
-                self._settle()
-            case Rewrite(entry, descriptor):
-                self._look()
-                place.describe(entry, descriptor)
-                place.remember()
-            case Flicker():
-                self._flicker(step)
-            case Interrupts():
-                self._look()
-                place.ask(step)
-                place.remember()
-            case Told(expected):
-                self._told(expected)
-            case Restart(base):
-                self._restart(base)
-            case Take() | Load():
-                raise AssertionError(step)
-
-    def _settle(self, seconds: float | None = None) -> None:
-        """Wait until all that is out is back, or nothing more comes."""
-        session, index = self._session, self._session.queue
-        if seconds is None:
-            seconds = session.seconds if self._is_plain else _SETTLE_SECONDS
-        # With nothing out that could come back, what is waited for is a failure.
-        waits = bool(self._out.total())
-        session.until(lambda: self._collect() and waits and not self._out.total(), seconds, index)
-        if session.line.has_ended:
-            self._ended = "disconnected"
-        elif session.failed(index):
-            self._ended = "ring failed"
-        elif self._out.total() and self._is_plain:
-            raise Hang(f"{self._out.total()} requests are not served")
-
-    @property
-    def _is_plain(self) -> bool:
-        """Whether all that is asked for has to be served."""
-        return self._case.demanded
-
-    def _used_index(self, nowhere: int) -> int:
-        """used.idx; *nowhere* where the case has put it past the end of memory."""
-        try:
-            return self._place.used_index
-        except AddressError:
-            return nowhere
-
-    def _collect(self) -> bool:
-        place, seen = self._place, self._seen
-        count = self._used_index(seen) - seen & 0xFFFF
-        if count > self._out.total():
-            if self._case.demanded or not self._is_disturbed:
-                raise Wrong(f"used.idx goes on by {count}, and {self._out.total()} chains are out")
-            return True
-        for position in range(seen, seen + count):
-            head, written = place.used(position)
-            if not self._out[head]:
-                raise Wrong(f"a used element for head {head}, which is not out")
-            if written > self._rooms[head]:
-                raise Wrong(f"a used length of {written} for head {head}, which has room for {self._rooms[head]}")
-            self._out[head] -= 1
-            self._returned.append(Served(head, written))
-        self._seen = seen + count
-        return True
-
-    @property
-    def _is_disturbed(self) -> bool:
-        """Whether the case lets the device write over its own ring."""
-        return any(each.address.anchor.name in ("DESCRIPTORS", "AVAILABLE", "USED") for each in self._writable())
-
-    def _told(self, expected: bool | None) -> None:
-        session = self._session
-        call = session.descriptors(session.queue).call
-        if expected:
-            session.until(lambda: readable(call), session.seconds, session.queue)
-        else:
-            time.sleep(0.01)
-        told = session.take(call)
-        if expected and not told:
-            raise Wrong("an interrupt that was asked for has not come")
-        if told and expected is False:
-            self._notes.append("interrupted though nobody asked")
-
-    def _restart(self, base: int | None) -> None:
-        session, index = self._session, self._session.queue
-        at = session.stop(index)
-        if base is not None and at != base:
-            raise Wrong(f"stopped at {at}, not {base}")
-        session.set_up(self._place.layout, at)
-        session.enable(index)
-
-    def _flicker(self, step: Flicker) -> None:
-        place, session = self._place, self._session
-        entries = self._case.table[step.index], step.other
-        place.allow(entries)
-        self._rooms[0] = max(self._most, sum(each.length for each in self._case.table.values()) + step.other.length)
-        for number in range(step.rounds):
-            self._out[0] += 1
-            place.publish(Publish((0,)))
-            session.kick(session.queue)
-            for turn in range(20):
-                place.describe(step.index, entries[turn & 1])
-                if self._collect() and not self._out.total():
-                    break
-            if self._out.total():
-                self._settle(_SETTLE_SECONDS)
-            if self._ended or self._out.total():
-                self._notes.append(f"after {number} of {step.rounds}")
-                break
-        self._look(rings=True)
-
-    def _judge(self) -> None:
-        case, place = self._case, self._place
-        self._look(rings=any(isinstance(step, Flicker) for step in case.steps))
-        expected = [event for event in case.events if isinstance(event, Served)]
-        if case.demanded:
-            if self._ended:
-                raise (Gone if self._ended == "disconnected" else Wrong)(f"{self._ended} over what breaks no rule")
-            if Counter(each.head for each in self._returned) != Counter(each.head for each in expected):
-                raise Wrong(f"{self._returned}, not {expected}")
-            wrong = wrong_content(place, case.after, self._session.disk.sector)
-            if wrong:
-                raise Wrong(wrong[0])
-            exact = {each.head: each.written for each in expected}
-            for each in self._returned:
-                if exact[each.head] not in (None, each.written):
-                    self._notes.append(f"used length {each.written}, where {exact[each.head]} were written")
-                    break
-            return
-        if self._ended:
-            self._notes.append(self._ended)
-        elif self._out.total():
-            self._notes.append("not served")
-        elif not any(isinstance(event, Fault) for event in case.events):
-            self._judge_leniently()
-        else:
-            self._notes.append("served anyway" if self._returned else "nothing happens")
-
-    def _judge_leniently(self) -> None:
-        """What is all served, and might have been refused."""
-        case, place = self._case, self._place
-        if self._session.kind != "blk":
-            self._notes.append("served")
-            return
-        wrong = wrong_content(place, case.after, self._session.disk.sector)
-        if not wrong:
-            self._notes.append("served")
-            return
-        statuses = [at for at, content in case.after.items() if isinstance(content, bytes) and len(content) == 1]
-        found = [place.content(at, 1)[0] for at in statuses]
-        if any(isinstance(content, Sectors) for content in case.after.values()) and found == [0] * len(found):
-            raise Wrong(wrong[0])
-        self._notes.append(f"served with status {found[0]}" if found else "served")
-
-    def _take_leave(self) -> None:
-        """Whether the connection is of use after it: the ring is stopped, and another one started."""
-        session, index = self._session, self._session.queue
-        if self._case.demanded or session.line.has_ended:
-            return
-        try:
-            session.stop(index)
-        except Gone:
-            self._notes.append("disconnected when stopped")
-            return
-        except (RequestRefused, ProtocolError) as error:
-            self._notes.append(str(error))
-            return
-        with suppress(RequestRefused, ProtocolError):
-            try:
-                driver = session.drivers[index] = Driver(session, index)
-                session.take(session.descriptors(index).error)
-                driver.start()
-                driver.request()
-            except Gone:
-                self._notes.append("disconnected when started again")
-            except (Hang, Wrong):
-                self._notes.append("serves a new connection only")
-
-
-class _Conversation:
-    """A conversation case; *connect* begins a session."""
-
-    def __init__(self, case: ConversationCase, connect: Callable[[], Session]) -> None:
-        self._case = case
-        self._connect = connect
-        self._notes: list[str] = []
-        self._in_step = True
-
-    def play(self) -> list[str]:
-        """Play it; what the back-end did.  Raises what `Examination` makes verdicts of."""
-        self._session = self._connect()
-        try:
-            self._arrive()
-            try:
-                for step in self._case.steps:
-                    self._step(step)
-                if self._in_step:
-                    self._session.settled()
-            except (RequestRefused, Gone, Wrong, ProtocolError) as error:
-                self._answered_with(error)
-            except Hang as error:
-                # Only what a ring does that nobody can demand anything of any more.
-                if self._case.served or not str(error).endswith("is not served"):
-                    raise
-                self._note("not served")
-                self._session.settled()
-        finally:
-            self._session.close()
-        return self._notes
-
-    def _note(self, text: str) -> None:
-        if text not in self._notes:
-            self._notes.append(text)
-
-    def _answered_with(self, error: Exception) -> None:
-        if self._case.served:
-            raise error
-        match error:
-            case RequestRefused():
-                self._note("refused")
-                with suppress(Gone, ProtocolError):
-                    self._session.settled()
-            case Gone():
-                self._note("disconnected")
-            case _:
-                self._note(str(error))
-
-    def _arrive(self) -> None:
-        session, begin = self._session, self._case.begin
-        if begin is Begin.CONNECTED:
-            session.offered = session.line.ask(session.requests.get_features())
-            return
-        session.negotiate()
-        if begin is Begin.NEGOTIATED:
-            return
-        session.share()
-        for index in range(session.queue, session.queue + self._case.applies.queues):
-            session.drivers[index] = Driver(session, index)
-            if begin is Begin.RUNNING:
-                session.drivers[index].start()
-
-    @property
-    def _driver(self) -> Driver:
-        return self._session.drivers[self._session.queue]
-
-    def _step(self, step: ConversationStep) -> None:
-        session = self._session
-        match step:
-            case Say():
-                fds = [session.descriptor(kind) for kind in step.fds]
-                reply = session.say(step.request, step.payload, fds, step.flags, step.size)
-                if step.size is not None and step.size > len(step.payload):
-                    self._in_step = False
-                elif reply is not None and not self._case.served:
-                    self._note("answered")
-            case Raw(data):
-                session.line.put(data)
-                self._in_step = self._case.served
-            case Load(requests, depth):
-                self._driver.load(requests, depth)
-            case Do():
-                self._do(step)
-
-    def _do(self, step: Do) -> None:
-        session, index = self._session, self._session.queue
-        match step:
-            case Do.REQUEST:
-                self._driver.request()
-            case Do.UNKICKED:
-                self._driver.begin()
-            case Do.KICK:
-                if index in session.drivers:
-                    self._driver.notify()
-                else:
-                    session.kick(index)
-            case Do.ANSWERED:
-                self._driver.finish(what="what was available")
-            case Do.STOP:
-                self._stop()
-            case Do.START:
-                self._driver.start(self._driver.used_index)
-            case Do.SET_UP:
-                session.set_up(self._driver.layout)
-            case Do.ENABLE:
-                session.enable(index)
-            case Do.DISABLE:
-                session.enable(index, False)
-            case Do.NEW_KICK:
-                session.new_kick(index)
-            case Do.NEW_CALL:
-                session.new_call(index)
-            case Do.NO_CALL:
-                session.no_call(index)
-            case Do.FULL_CALL:
-                session.fill(session.descriptors(index).call)
-                session.looks = True
-            case Do.FULL_KICK:
-                session.fill(session.descriptors(index).kick)
-            case Do.MEMORY_AGAIN:
-                session.share()
-            case Do.LEAVE:
-                session.close()
-                self._in_step = False
-            case Do.COME:
-                self._session = self._connect()
-                self._arrive()
-                self._in_step = True
-            case Do.ONE_REPLY:
-                self._one_reply()
-            case Do.LOGGED:
-                unmarked = session.unmarked(self._driver.written)
-                if unmarked:
-                    raise Wrong(unmarked)
-            case Do.AGAIN:
-                session.agree()
-                session.share()
-                session.drivers.pop(index).release()
-                session.drivers[index] = Driver(session, index)
-                self._driver.start()
-            case Do.RESUME:
-                session.resume(self._driver)
-            case Do.FLOOD:
-                flood(session, self._driver, session.drivers[index + 1])
-
-    def _one_reply(self) -> None:
-        before = self._session.settled()
-        if before:
-            message = f"{before} replies more than there should be"
-            if self._case.served:
-                raise Wrong(message)
-            self._note(message)
-
-    def _stop(self) -> None:
-        """GET_VRING_BASE: where it would go on from, and then nothing of the ring is touched (T9)."""
-        session, driver = self._session, self._driver
-        base = session.stop(driver.layout.index)
-        if not driver.returned <= base <= driver.added:
-            raise Wrong(f"stopped at {base}, with {driver.added} made available and {driver.returned} returned")
-        late = driver.used_index != base
-        if not session.until(lambda: driver.used_index == base, session.seconds, driver.layout.index):
-            raise Wrong(f"stopped at {base}, with {driver.used_index} returned")
-        if late:
-            self._note("answers GET_VRING_BASE before it has finished")
-        driver.reap()

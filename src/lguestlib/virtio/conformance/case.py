@@ -175,12 +175,14 @@ RingStep = Publish | Kick | Take | Rewrite | Flicker | Interrupts | Told | Resta
 class Fill:
     """The driver writes these into consecutive slots from *slot*, the first one's flags last.
 
-    *wrap* is the driver's wrap counter there; it turns at the ring's end.
+    *wrap* is the driver's wrap counter there; it turns at the ring's end.  They are a
+    chain that is *available* then, or are not.
     """
 
     slot: int
     descriptors: tuple[PackedDescriptor, ...]
     wrap: bool = True
+    available: bool = True
 
 
 @dataclass(frozen=True)
@@ -312,7 +314,7 @@ class PackedCase(Case):
 
     @property
     def runners(self) -> tuple[str, ...]:
-        return ("ring",)
+        return ("ring",) if any(isinstance(step, Take) for step in self.steps) else ("ring", "vhost-user")
 
 
 # Steps of a conversation.

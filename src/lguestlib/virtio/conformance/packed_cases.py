@@ -119,13 +119,16 @@ PACKED_CASES: tuple[Case, ...] = (
     _legal("P1", "available by AVAIL set and USED clear", "2.8.1", Fill(0, REQUEST), Kick()),
     PackedCase(
         ("P1",), "AVAIL and USED both set is nothing available", "2.8.1", memory=READ, steps=(
-            Fill(0, tuple(PackedDescriptor(d.address, d.length, d.flags | AVAIL | USED, raw=True) for d in REQUEST)),
+            Fill(
+                0, tuple(PackedDescriptor(d.address, d.length, d.flags | AVAIL | USED, raw=True) for d in REQUEST),
+                available=False,
+            ),
             Kick(),
         ), demanded=True,
     ),
     PackedCase(
         ("P1",), "the flags of the lap before are nothing available", "2.8.1", base=0x0001_0001, memory=READ,
-        steps=(Fill(1, REQUEST), Kick()), demanded=True,
+        steps=(Fill(1, REQUEST, available=False), Kick()), demanded=True,
     ),
     _legal(
         "P2", "a chain that ends where the ring does", "2.8.1", Fill(0, REQUEST), Kick(), Fill(0, REQUEST, False), Kick(),
@@ -141,7 +144,7 @@ PACKED_CASES: tuple[Case, ...] = (
     ),
     _legal("P2", "sixteen chains through six laps", "2.8.1", *_LAPS, events=(DONE,) * 16),
     PackedCase(
-        ("P2", "S1"), "a size of 0", "2.8.10.1", size=0, steps=(), events=(Fault(errors.QueueLayoutError),),
+        ("P2", "S1"), "a size of 0", "2.8.10.1", size=0, steps=(Kick(),), events=(Fault(errors.QueueLayoutError),),
     ),
     WatchedCase(
         ("P3",), "flags are read first and written last, whole", "2.8.21", tests=(
@@ -149,7 +152,7 @@ PACKED_CASES: tuple[Case, ...] = (
         ),
     ),
     _legal(
-        "P3", "a chain without its first descriptor's flags is nothing yet", "2.8.21", Fill(1, REQUEST[1:]), Kick(),
+        "P3", "a chain without its first descriptor's flags is nothing yet", "2.8.21", Fill(1, REQUEST[1:], available=False), Kick(),
         Fill(0, REQUEST), Kick(),
     ),
     _legal(
@@ -218,7 +221,7 @@ PACKED_CASES: tuple[Case, ...] = (
     ),
     PackedCase(
         ("P8", "T15"), "a place that the ring has not", "Vring state description", base=0x8009_8009,
-        steps=(), events=(Fault(errors.QueueStateError),),
+        steps=(Kick(),), events=(Fault(errors.QueueStateError),),
     ),
 )  # fmt: skip
 """Every P row."""

@@ -237,6 +237,15 @@ class Place:
             self._put(at, self._packed_entry(descriptor, 0)[:14])
             self.set_word(at + 14, flags)
 
+    def packed_used(self, slot: int, wrap: bool) -> tuple[int, int] | None:
+        """Buffer ID and length of the used element at *slot*; None where there is none for that wrap counter."""
+        at = GuestAddress(self.layout.descriptors + 16 * slot)
+        flags = self.word(at + 14)
+        if bool(flags & _AVAIL) is not wrap or bool(flags & _USED) is not wrap:
+            return None
+        _, length, buffer, _ = _PACKED.unpack(self.memory.read(at, 16))
+        return buffer, length
+
     def ask_by_event(self, step: DriverEvent) -> None:
         """Write the driver's event structure."""
         self.set_word(self.layout.available, step.off_wrap)
