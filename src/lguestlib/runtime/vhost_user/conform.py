@@ -76,13 +76,15 @@ class Cost:
 
     @classmethod
     def of(cls, process: int) -> "Cost | None":
-        """As it is now; None where that cannot be seen."""
+        """As it is now; None where it has ended, or that cannot be seen."""
         try:
             descriptors = len(os.listdir(f"/proc/{process}/fd"))
             lines = Path(f"/proc/{process}/status").read_text().splitlines()
         except OSError:
             return None
         fields = {name: text for name, _, text in (line.partition(":") for line in lines)}
+        if fields["State"].lstrip().startswith("Z"):
+            return None
         return cls(descriptors, int(fields["Threads"]), 1024 * int(fields.get("RssAnon", "0 kB").split()[0]))
 
 
