@@ -276,19 +276,24 @@ def _dispatch(words: list[str]) -> int:
     }  # fmt: skip
     if command not in commands:
         raise _UsageError(f"{command}: no such command (one of {', '.join(commands)}; --help shows more)")
-    if command in ("run", "serve"):
+    if command in ("run", "serve", "conform"):
         return commands[command](words[1:])
     with _leaving_on_interrupt():
         return commands[command](words[1:])
 
 
 @contextmanager
-def _leaving_on_interrupt() -> Iterator[None]:
-    """Inside the ``with`` block ^C ends the process at once: there is nothing that has to be put back."""
+def _leaving_on_interrupt(before: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Inside the ``with`` block ^C ends the process at once, but for *before*: nothing else has to be put back."""
     if signal.getsignal(signal.SIGINT) != signal.default_int_handler:
         yield
         return
-    signal.signal(signal.SIGINT, lambda number, frame: os._exit(SIGNALLED + number))
+
+    def leave(number: int, frame: object) -> None:
+        before()
+        os._exit(SIGNALLED + number)
+
+    signal.signal(signal.SIGINT, leave)
     try:
         yield
     finally:
@@ -921,7 +926,8 @@ def _conform(words: list[str]) -> int:
     if not given.socket:
         raise _UsageError("conform: --socket PATH is missing (--list shows the cases without)")
     if given.against:
-        return _compare(given)
+        with _leaving_on_interrupt():
+            return _compare(given)
     if given.seed is not None:
         raise _UsageError(f"conform: --seed {given.seed} goes with --against PATH")
     return _examine(given)
@@ -948,7 +954,7 @@ def _examine(given: argparse.Namespace) -> int:
 
     cases = _cases(given.only)
     results: list[Result] = []
-    with StartedBackEnd(given.start or "", given.socket) as started:
+    with StartedBackEnd(given.start or "", given.socket) as started, _leaving_on_interrupt(started.close):
         if given.start:
             started.start()
         try:

@@ -260,6 +260,48 @@ def test_a_back_end_that_dies_is_started_again(tmp_path: Path) -> None:
     assert [each.verdict.value for each in found] == ["disconnect", "pass"]
 
 
+CRASHING = """
+import os, socket, sys
+from lguestlib.runtime.vhost_user.server import Server
+from lguestlib.virtio.conformance.ring import MemoryDisk
+from lguestlib.virtio.devices.block import Block
+
+class Crashing(Block):
+    def serve_request(self, chain, begun=None):
+        if chain.read(2) == b"\\x77\\x77":
+            os._exit(9)
+        return super().serve_request(chain, begun)
+
+listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+listener.bind(sys.argv[1])
+listener.listen()
+server = Server(Crashing(MemoryDisk()), listener, print)
+server.start()
+server._thread.join()
+"""
+
+
+def test_a_crash_is_found_and_the_next_case_has_another_process(path: str, tmp_path: Path) -> None:
+    script = tmp_path / "crashing.py"
+    script.write_text(CRASHING)
+    command = f"exec {sys.executable} {script} {path}"
+    names = "S33 a kind of request that there is not,T1 features that were not offered"
+    status, output, errors = run("conform", "--socket", path, "--start", command, "--only", names, "--json")
+    assert (status, errors) == (1, "")
+    (crash, other) = json.loads(output)["cases"]
+    assert (crash["verdict"], other["verdict"]) == ("disconnect", "pass")
+    assert crash["notes"][-1] == "the back-end has died"
+
+
+def test_an_interrupt_ends_what_was_started_too(path: str, disk: str) -> None:
+    command = f"exec {sys.executable} -m lguestlib serve blk --socket-path {path} --blk-file {disk}"
+    with Session("conform", "--socket", path, "--start", command) as session:
+        session.expect("pass       S2 ")
+        session.signal(signal.SIGINT)
+        assert session.end().status == 128 + signal.SIGINT
+    assert not os.path.exists(path)
+
+
 def test_who_does_not_answer_hangs_and_who_serves_nothing_is_not_suitable(path: str) -> None:
     with ScriptedBackEnd(answers={abi.VHOST_USER_GET_FEATURES: silence}, path=Path(path)):
         with pytest.raises(Unsuitable, match="GET_FEATURES: no answer"):

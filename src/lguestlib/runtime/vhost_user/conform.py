@@ -167,7 +167,7 @@ class Examination:
             verdict, notes = Verdict.DISCONNECT, [str(error)]
         except (Wrong, ProtocolError, RequestRefused) as error:
             verdict, notes = Verdict.FAIL, [str(error)]
-        after = self._afterwards(case)
+        after = self._afterwards(case, verdict)
         if after:
             return Verdict.FAIL if verdict.is_good else verdict, [*notes, after]
         return verdict, notes
@@ -209,13 +209,14 @@ class Examination:
         driver.start()
         return driver
 
-    def _afterwards(self, case: Case) -> str:
+    def _afterwards(self, case: Case, verdict: Verdict) -> str:
         """What is wrong with the back-end after *case*: the five assertions, as far as they show from outside."""
         if isinstance(case, RingCase | PackedCase) and case.applies.writes:
             self._disk.sectors.clear()
         is_legal = isinstance(case, RingCase | PackedCase) and case.demanded
         try:
-            if not is_legal:
+            # After what breaks no rule and came out well the next case is connection enough.
+            if not (is_legal and verdict.is_good):
                 with self._session(Wishes()) as session:
                     driver = self._running(session)
                     driver.request()

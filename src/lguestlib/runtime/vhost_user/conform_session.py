@@ -389,7 +389,6 @@ class _Plain:
     sector: int
     data: Buffer | None
     status: Buffer | None
-    room: int
 
 
 class Driver:
@@ -549,16 +548,16 @@ def _request(session: Session, at: int, number: int) -> tuple[list[Buffer], list
             sector = number % DISK_SECTORS
             memory.write(first.address, bytes(virtio_blk_outhdr(VIRTIO_BLK_T_IN, 0, sector)))
             memory.write(status.address, b"\xff")
-            return [first], [data, status], _Plain(sector, data, status, SECTOR + 1)
+            return [first], [data, status], _Plain(sector, data, status)
         case "rng":
-            return [], [data], _Plain(0, data, None, SECTOR)
+            return [], [data], _Plain(0, data, None)
         case "net":
             frame = bytes(12) + b"\xff" * 6 + b"\2\0\0\0\0\1" + b"\x88\xb5" + bytes(46)
             memory.write(data.address, frame)
-            return [Buffer(data.address, len(frame))], [], _Plain(0, None, None, 0)
+            return [Buffer(data.address, len(frame))], [], _Plain(0, None, None)
         case _:
             memory.write(data.address, b"\0")
-            return [Buffer(data.address, 1)], [], _Plain(0, None, None, 0)
+            return [Buffer(data.address, 1)], [], _Plain(0, None, None)
 
 
 def ring_at(index: int) -> GuestAddress:
