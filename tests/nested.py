@@ -16,7 +16,7 @@ from pathlib import Path
 import interpreters
 import pytest
 import sessions
-from linux import SHELL, Linux
+from linux import SHELL, Answer, Linux
 
 from lguestlib.memory.image.newc import NewcArchive
 from lguestlib.runtime.errors import LaunchError
@@ -40,6 +40,9 @@ import datetime, gzip, bz2, lzma, importlib.metadata, sysconfig
 sysconfig.get_config_vars()
 print(json.dumps(sorted({module.__file__ for module in sys.modules.values() if getattr(module, "__file__", None)})))
 """
+
+
+LAUNCH_PATIENCE = 120.0
 
 
 class NestedKvm(Linux):
@@ -71,12 +74,12 @@ class NestedKvm(Linux):
             "-nodefaults", "-display", "none", "-no-reboot",
             "-chardev", "stdio,id=screen,signal=off", "-serial", "chardev:screen",
             "-kernel", str(kernel), "-initrd", str(initrd),
-            "-append", "console=ttyS0 loglevel=4 mitigations=off",
+            "-append", "console=ttyS0 loglevel=1 mitigations=off",
         ])  # fmt: skip
 
-    def python(self) -> str:
-        """The words that start the interpreter."""
-        return f"PYTHONPATH=/lguestlib PYTHONDONTWRITEBYTECODE=1 {_interpreter()}"
+    def launch(self, words: str, seconds: float = LAUNCH_PATIENCE) -> Answer:
+        """What `python -m lguestlib` with these *words* of a shell's shows in there, and its exit status."""
+        return self.command(f"PYTHONPATH=/lguestlib {_interpreter()} -m lguestlib {words}", seconds)
 
 
 def _interpreter() -> str:
