@@ -9,8 +9,6 @@ from lguestlib.virtio.features import Feature
 WRAP = 1 << VRING_PACKED_EVENT_F_WRAP_CTR
 """The wrap counter's bit in a packed ring's position."""
 
-STATE_MAX = 0xFFFF_FFFF
-
 
 @dataclass(frozen=True)
 class QueueState:
