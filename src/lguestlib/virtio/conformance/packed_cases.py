@@ -174,6 +174,11 @@ PACKED_CASES: tuple[Case, ...] = (
         ("P5", "S4", "S28"), "every descriptor of the ring is chained to the next", "2.8.19", memory=READ,
         steps=(Fill(0, (PackedDescriptor(HEADER, 16, NEXT),) * 8), Kick()), events=(Fault(errors.DescriptorLoop),),
     ),
+    PackedCase(
+        ("P5", "S28"), "descriptors made available over those in flight", "2.8.13", size=4, memory=READ, steps=(
+            Fill(0, chain(1, 1, 1)), Take(1), Fill(3, chain(2, 2, 2)), Take(1), Kick(),
+        ), events=(Fault(errors.RingOverrun), Served(1, SECTOR + 1)), after=GOT,
+    ),
     _event("enabled by flag", 0, VRING_PACKED_EVENT_FLAG_ENABLE, True),
     _event("disabled by flag", 0, VRING_PACKED_EVENT_FLAG_DISABLE, False),
     _event("asked for at the chain that comes", 0x8000, VRING_PACKED_EVENT_FLAG_DESC, True),
@@ -201,6 +206,10 @@ PACKED_CASES: tuple[Case, ...] = (
         ("P7", "S6"), "INDIRECT in an indirect table means nothing", "2.8.7", memory=READ,
         indirect={TABLE: tuple(PackedDescriptor(d.address, d.length, d.flags | INDIRECT) for d in ENTRIES)},
         steps=(Fill(0, table(3)), Kick()), events=(Served(3, SECTOR + 1),), after=GOT,
+    ),
+    _hostile(
+        "P7 S7", "indirect and chained", "2.8.19", errors.IndirectWithNext,
+        PackedDescriptor(TABLE, 48, INDIRECT | NEXT), PackedDescriptor(STATUS, 1, WRITE), indirect={TABLE: ENTRIES},
     ),
     _hostile("P7 S9", "a table of nothing", "2.8.7", errors.IndirectLength, *table(length=0)),
     _hostile("P7 S9", "a table of two and a half", "2.8.7", errors.IndirectLength, *table(length=40)),
