@@ -261,7 +261,7 @@ def test_a_back_end_that_dies_is_started_again(tmp_path: Path) -> None:
 
 
 CRASHING = """
-import os, socket, sys
+import os, signal, socket, sys
 from lguestlib.runtime.vhost_user.server import Server
 from lguestlib.virtio.conformance.ring import MemoryDisk
 from lguestlib.virtio.devices.block import Block
@@ -277,7 +277,7 @@ listener.bind(sys.argv[1])
 listener.listen()
 server = Server(Crashing(MemoryDisk()), listener, print)
 server.start()
-server._thread.join()
+signal.pause()
 """
 
 

@@ -29,6 +29,7 @@ from lguestlib.virtio.conformance.catalogue import CASES, ids, select
 from lguestlib.virtio.conformance.place import BUFFERS, END, ISLAND, START, Place, new_memory
 from lguestlib.virtio.conformance.registers import run_registers
 from lguestlib.virtio.conformance.ring import PackedRun, RingRun
+from lguestlib.virtio.features import Feature
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,6 +92,15 @@ def test_a_case_either_breaks_a_rule_or_demands_something() -> None:
             assert not any(isinstance(event, Fault) for event in case.events), case.name
             assert case.events or any(isinstance(step, Load) for step in case.steps), case.name
         assert any(isinstance(step, (Kick, Take, Load)) for step in case.steps) or not case.events, case.name
+
+
+def test_a_ring_case_needs_what_it_uses_and_no_more() -> None:
+    assert ring("S3 head just past the table").needs == 0
+    assert ring("S9 a table of nothing").needs == Feature.RING_INDIRECT_DESC
+    assert ring("S5 an indirect table that was not negotiated").needs == 0
+    assert ring("S24 an event just met is told of").needs == Feature.RING_EVENT_IDX
+    assert ring("S25 without it the flag is heeded").needs == 0
+    assert ring("S26 notify on empty overrides the flag").needs == Feature.NOTIFY_ON_EMPTY
 
 
 def test_a_conversation_has_steps_and_what_has_to_be_served_is_asked_for() -> None:

@@ -136,7 +136,7 @@ class _Subject:
     def start(self, ring: int, device: int) -> None:
         """Agree on these features, and have the ring served."""
         session = self.session
-        session.wishes = Wishes(ring, device)
+        session.wishes = Wishes(ring, device=device)
         session.negotiate()
         session.share()
         layout = QueueLayout.contiguous(session.queue, _RING_SIZE, ring_at(session.queue))

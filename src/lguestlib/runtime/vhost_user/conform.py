@@ -188,15 +188,16 @@ class Examination:
     def _play(self, case: RingCase | PackedCase | ConversationCase) -> list[str]:
         applies = case.applies
         if isinstance(case, PackedCase):
-            with self._session(Wishes(case.features | Feature.RING_PACKED, applies.feature)) as session:
+            wishes = Wishes(case.needs | Feature.RING_PACKED, case.features, applies.feature)
+            with self._session(wishes) as session:
                 session.negotiate()
                 return PackedCourse(case, session).play()
         if isinstance(case, RingCase):
-            wishes = Wishes(case.features, applies.feature, queues=applies.queues)
+            wishes = Wishes(case.needs, case.features, applies.feature, queues=applies.queues)
             with self._session(wishes) as session:
                 session.negotiate()
                 return RingCourse(case, session, self._running).play()
-        wishes = Wishes(0, applies.feature, case.vhost, case.needs, case.without, applies.queues)
+        wishes = Wishes(0, 0, applies.feature, case.vhost, case.needs, case.without, applies.queues)
         return ConversationCourse(case, lambda: self._session(wishes)).play()
 
     @staticmethod

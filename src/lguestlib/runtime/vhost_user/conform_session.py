@@ -59,9 +59,10 @@ class Wrong(VirtioError):
 
 @dataclass
 class Wishes:
-    """What is to be negotiated: ring features, all of which there have to be, and the rest."""
+    """What is to be negotiated: *ring* features that there have to be, others that are *welcome*, and the rest."""
 
     ring: int = 0
+    welcome: int = 0
     device: int = 0
     vhost: int = 0
     needs: tuple[int, ...] = ()
@@ -154,7 +155,7 @@ class Session:
     def agree(self) -> None:
         """SET_FEATURES."""
         wishes = self.wishes
-        wanted = Feature.VERSION_1 | wishes.ring | wishes.device
+        wanted = Feature.VERSION_1 | wishes.ring | wishes.welcome | wishes.device
         self.features = self.offered & wanted
         self.line.ask(self.requests.set_features(self.offered & (wanted | wishes.vhost) | self._own))
 

@@ -271,7 +271,7 @@ class RingCase(Case):
     applies: Applies = BLK
     size: int = 8
     features: int = BOTH
-    """Ring features that are negotiated: these, where they are offered, and no others."""
+    """Ring features that are negotiated: these, where they are offered, and no others; but see `needs`."""
     base: int = 0
     """The index that both rings begin at."""
     misplaced: tuple[int, int, int] = (0, 0, 0)
@@ -288,6 +288,14 @@ class RingCase(Case):
     def is_hostile(self) -> bool:
         """Whether the driver breaks a rule in it."""
         return not self.demanded
+
+    @property
+    def needs(self) -> int:
+        """The ring features without which there is nothing to it."""
+        entries = [*self.table.values(), *(entry for table in self.indirect.values() for entry in table)]
+        return _needed(self.features, any(entry.flags & INDIRECT for entry in entries), any(
+            isinstance(step, Interrupts | Load) for step in self.steps
+        ))  # fmt: skip
 
     @property
     def runners(self) -> tuple[str, ...]:
@@ -313,8 +321,21 @@ class PackedCase(Case):
     demanded: bool = False
 
     @property
+    def needs(self) -> int:
+        """As a `RingCase`'s."""
+        entries = [entry for step in self.steps if isinstance(step, Fill) for entry in step.descriptors]
+        return _needed(self.features, any(entry.flags & INDIRECT for entry in entries), any(
+            isinstance(step, DriverEvent) for step in self.steps
+        ))  # fmt: skip
+
+    @property
     def runners(self) -> tuple[str, ...]:
         return ("ring",) if any(isinstance(step, Take) for step in self.steps) else ("ring", "vhost-user")
+
+
+def _needed(features: int, has_table: bool, has_event: bool) -> int:
+    optional = (0 if has_table else WITH_INDIRECT) | (0 if has_event else WITH_EVENT)
+    return features & ~optional
 
 
 # Steps of a conversation.
