@@ -29,6 +29,8 @@ SECONDS = 2.0
 _GONE_SECONDS = 1.0
 """How long a back-end may take to give back what a connection has cost."""
 
+_LOOK_SECONDS = 0.002
+
 _THREADS_MAX = 64
 """Threads that a back-end's pool may have grown to."""
 
@@ -261,7 +263,7 @@ class Examination:
         while last and time.monotonic() < deadline:
             if aim and last.descriptors <= aim.descriptors:
                 break
-            time.sleep(0.01)
+            time.sleep(_LOOK_SECONDS)
             now = Cost.of(self._process)
             if aim is None and now == last:
                 break

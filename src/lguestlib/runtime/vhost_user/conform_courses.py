@@ -49,7 +49,7 @@ _NEW_PACKED = 0x8000_8000
 
 
 class _Course:
-    """What the cases of split and packed rings have in common in a session: chains that are out, and what comes back."""
+    """What cases of split and packed rings have in common in a session: chains that are out, and come back."""
 
     _place: Place
 

@@ -19,6 +19,7 @@ from lguestlib.memory.address import GuestAddress, UserAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.memory.region import Region
 from lguestlib.runtime.interrupt import has_room
+from lguestlib.runtime.vhost_user.frontend import ring_index
 from lguestlib.runtime.vhost_user.line import Gone, Hang, Line
 from lguestlib.runtime.vhost_user.stream import close_all
 from lguestlib.virtio.conformance.case import Fd
@@ -266,7 +267,12 @@ class Session:
     # Messages.
 
     def say(
-        self, request: int, payload: bytes = b"", fds: Sequence[int] = (), flags: int | None = None, size: int | None = None
+        self,
+        request: int,
+        payload: bytes = b"",
+        fds: Sequence[int] = (),
+        flags: int | None = None,
+        size: int | None = None,
     ) -> Message | None:
         """Send a request as it is told, and return its reply, if it has one.
 
@@ -340,7 +346,8 @@ class Session:
         """The first page of these that is not marked in the dirty log."""
         with mmap.mmap(self._log, _LOG_SIZE) as log:
             for buffer in ranges:
-                for page in range(buffer.address >> _PAGE_SHIFT, (buffer.address + buffer.length - 1 >> _PAGE_SHIFT) + 1):
+                last = buffer.address + buffer.length - 1 >> _PAGE_SHIFT
+                for page in range(buffer.address >> _PAGE_SHIFT, last + 1):
                     if not log[page >> 3] >> (page & 7) & 1:
                         return f"the page at {page << _PAGE_SHIFT:#x} was written and is not marked"
         return None
@@ -413,9 +420,8 @@ class Driver:
     @property
     def used_index(self) -> int:
         """used.idx as it is in memory."""
-        memory = self._session.memory
-        with memory.views() as views, views.slice(GuestAddress(self.layout.used + 2), 2) as field, field.cast("H") as word:
-            return int(word[0])
+        with self._session.memory.views() as views:
+            return int(ring_index(views, self.layout.used))
 
     def begin(self) -> int:
         """Make one plain request available, without a notification; its head."""
@@ -543,7 +549,9 @@ def flood(session: Session, busy: Driver, other: Driver) -> None:
 
 def _request(session: Session, at: int, number: int) -> tuple[list[Buffer], list[Buffer], _Plain]:
     memory = session.memory
-    first, data, status = (Buffer(GuestAddress(at + offset), size) for offset, size in ((0, 16), (0x100, SECTOR), (0x400, 1)))
+    first, data, status = (
+        Buffer(GuestAddress(at + offset), size) for offset, size in ((0, 16), (0x100, SECTOR), (0x400, 1))
+    )
     match session.kind:
         case "blk":
             sector = number % DISK_SECTORS
