@@ -155,7 +155,10 @@ CONVERSATION_CASES: tuple[Case, ...] = (
     ),
     _good("T4", "one queue is reset and used again", RING, Load(20, 2), Do.STOP, Do.START, Load(20, 2)),
     _good("T9", "stopped when idle", RING, Do.REQUEST, Do.REQUEST, Do.STOP, Do.START, Do.REQUEST),
-    _good("T9 T7", "stopped with a request on its way", RING, Do.UNKICKED, Do.KICK, Do.STOP, Do.START, Do.KICK, Do.ANSWERED),
+    _good(
+        "T9 T7", "stopped with a request on its way", RING, Do.UNKICKED, Do.KICK, Do.STOP, Do.START, Do.KICK,
+        Do.ANSWERED,
+    ),
     _good("T9", "stopped and started under load", RING, *(Load(30, 6), Do.STOP, Do.START) * 4),
     _bad("T9", "stopped twice", RING, Do.STOP, Do.STOP, begin=Begin.RUNNING, refused=False),
     _bad("T9", "stopped before it was set up", RING, Say(abi.VHOST_USER_GET_VRING_BASE, state(0)), refused=False),
@@ -405,7 +408,8 @@ CONVERSATION_CASES: tuple[Case, ...] = (
     _good("T18", "no replies but those that have to be", "REPLY_ACK", Do.ONE_REPLY, Do.REQUEST, without=REPLY_ACK),
     _good(
         "T19", "a channel that nobody reads", "Back-end communication",
-        Say(abi.VHOST_USER_SET_BACKEND_REQ_FD, fds=(Fd.SOCKET,)), Do.REQUEST, Load(50, 4), Do.STOP, Do.START, Do.REQUEST,
+        Say(abi.VHOST_USER_SET_BACKEND_REQ_FD, fds=(Fd.SOCKET,)), Do.REQUEST, Load(50, 4), Do.STOP, Do.START,
+        Do.REQUEST,
         needs=(abi.VHOST_USER_PROTOCOL_F_BACKEND_REQ,),
     ),
     _bad(

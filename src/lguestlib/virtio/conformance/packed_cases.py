@@ -131,8 +131,8 @@ PACKED_CASES: tuple[Case, ...] = (
         steps=(Fill(1, REQUEST, available=False), Kick()), demanded=True,
     ),
     _legal(
-        "P2", "a chain that ends where the ring does", "2.8.1", Fill(0, REQUEST), Kick(), Fill(0, REQUEST, False), Kick(),
-        Fill(0, REQUEST), Kick(), size=3, events=(DONE,) * 3, after=_used(0, 0),
+        "P2", "a chain that ends where the ring does", "2.8.1", Fill(0, REQUEST), Kick(),
+        Fill(0, REQUEST, False), Kick(), Fill(0, REQUEST), Kick(), size=3, events=(DONE,) * 3, after=_used(0, 0),
     ),
     _legal(
         "P2", "a chain round the ring's end", "2.8.1", Fill(0, REQUEST), Kick(), Fill(3, REQUEST), Kick(),
@@ -152,8 +152,8 @@ PACKED_CASES: tuple[Case, ...] = (
         ),
     ),
     _legal(
-        "P3", "a chain without its first descriptor's flags is nothing yet", "2.8.21", Fill(1, REQUEST[1:], available=False), Kick(),
-        Fill(0, REQUEST), Kick(),
+        "P3", "a chain without its first descriptor's flags is nothing yet", "2.8.21",
+        Fill(1, REQUEST[1:], available=False), Kick(), Fill(0, REQUEST), Kick(),
     ),
     _legal(
         "P4", "the buffer ID is the last descriptor's", "2.8.6", Fill(0, chain(7, 6, 5)), Kick(),

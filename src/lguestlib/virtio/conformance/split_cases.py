@@ -80,11 +80,12 @@ def table_of(count: int, at: At = TABLE, flags: int = INDIRECT) -> Descriptor:
 
 def linked(*descriptors: Descriptor, at: int = 0) -> dict[int, Descriptor]:
     """A chain in consecutive entries from *at*."""
-    last = len(descriptors) - 1
-    return {
-        at + number: each if number == last else Descriptor(each.address, each.length, each.flags | NEXT, at + number + 1)
-        for number, each in enumerate(descriptors)
+    table = {
+        index: Descriptor(each.address, each.length, each.flags | NEXT, index + 1)
+        for index, each in enumerate(descriptors, at)
     }
+    table[at + len(descriptors) - 1] = descriptors[-1]
+    return table
 
 
 def inside(*descriptors: Descriptor) -> tuple[Descriptor, ...]:
@@ -513,8 +514,8 @@ SPLIT_CASES: tuple[Case, ...] = (
     ),
     RingCase(
         ("S31",), "a read of two megabytes", "5.2.6", BLK,
-        table=linked(r(HEADER, 16), w(SEAM, 0x20_0000), w(STATUS, 1)), memory={HEADER: header(VIRTIO_BLK_T_IN, 1 << 40)},
-        events=(Served(0, None),), after={STATUS: IOERR},
+        table=linked(r(HEADER, 16), w(SEAM, 0x20_0000), w(STATUS, 1)),
+        memory={HEADER: header(VIRTIO_BLK_T_IN, 1 << 40)}, events=(Served(0, None),), after={STATUS: IOERR},
     ),
     _layout("S32", "a descriptor table that is not aligned", 8, (8, 0, 0)),
     _layout("S32", "an available ring that is not aligned", 8, (0, 1, 0)),
