@@ -55,5 +55,5 @@ def one(seed: int) -> int:
             else:
                 assert len(transport.read(0x100 + at, width)) == width
         assert len(transport.layouts) <= len(device.queues())
-        assert not transport.features & ~device.offered
+        assert not transport.features & ~transport.offered
     return ACCESSES

@@ -1,6 +1,7 @@
 """Packed rings under real drivers: disks and a network card, in QEMU where it is asked for, and in User-mode Linux.
 
 QEMU offers its guest what it is told to (packed=on); User-mode Linux takes what is offered.
+With LGUESTLIB_LONG=1 there is four times as much to write, and another reboot.
 """
 
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import sessions
-from guests.serving import MIB, serving, sparse
+from guests.serving import LONG, MIB, serving, sparse
 from linux import Linux, Qemu, SocketDevice, UserModeLinux
 from sessions import Namespace
 
@@ -19,6 +20,10 @@ from lguestlib.abi.virtio_config import VIRTIO_F_RING_PACKED
 
 KINDS = {"uml": UserModeLinux, "qemu": Qemu}
 SIZE = 32 * MIB
+PIECES = {"4k": 4 * MIB, "64k": 4 * MIB, "1M": 8 * MIB} if LONG else {"4k": MIB, "64k": MIB, "1M": 2 * MIB}
+"""What goes to a disk in pieces of each size, in bytes."""
+ALL = 16 * MIB if LONG else 4 * MIB
+REBOOTS = 2 if LONG else 1
 DISKS = {
     "plain": ("--num-queues", "2"),
     "direct": ("--without", "indirect_desc"),
@@ -46,18 +51,19 @@ class Rig:
         """Chance data go to the disk in pieces of many sizes, and come back past the guest's cache."""
         disk = f"/dev/{self.disk(name)}"
         call = self.guest.call
-        call("dd if=/dev/urandom of=/tmp/data bs=1M count=16")
-        for size, unit in ((4, "4k"), (4, "64k"), (8, "1M")):
-            count = size * MIB // {"4k": 4096, "64k": 65536, "1M": MIB}[unit]
+        call(f"dd if=/dev/urandom of=/tmp/data bs=1M count={ALL // MIB}")
+        for unit, size in PIECES.items():
+            count = size // {"4k": 4096, "64k": 65536, "1M": MIB}[unit]
             call(f"dd if=/tmp/data of={disk} bs={unit} count={count} oflag=direct conv=fsync")
-            sent = call(f"head -c {size * MIB} /tmp/data | sha256sum").split()[0]
+            sent = call(f"head -c {size} /tmp/data | sha256sum").split()[0]
             got = call(f"dd if={disk} bs={unit} count={count} iflag=direct 2>/dev/null | sha256sum").split()[0]
             with (self.folder / f"{name}.img").open("rb") as image:
-                assert got == sent == sha256(image.read(size * MIB)).hexdigest(), (name, unit)
+                assert got == sent == sha256(image.read(size)).hexdigest(), (name, unit)
         # Many at a time: the guest's cache writes and reads ahead.
-        call(f"dd if=/tmp/data of={disk} bs=1M count=16 conv=fsync && echo 1 >/proc/sys/vm/drop_caches")
+        call(f"dd if=/tmp/data of={disk} bs=1M count={ALL // MIB} conv=fsync && echo 1 >/proc/sys/vm/drop_caches")
+        quarter = ALL // 4096 // 4
         readers = " & ".join(
-            f"dd if={disk} bs=4k skip={part * 1024} count=1024 2>/dev/null >/tmp/part{part}" for part in range(4)
+            f"dd if={disk} bs=4k skip={part * quarter} count={quarter} 2>/dev/null >/tmp/part{part}" for part in range(4)
         )
         call(f"{readers} & wait; cat /tmp/part? | cmp - /tmp/data")
 
@@ -113,7 +119,7 @@ def test_what_goes_over_the_network_comes_back_the_same(rig: Rig, tmp_path: Path
 
 
 def test_after_a_reboot_the_rings_begin_anew(rig: Rig) -> None:
-    for _ in range(2):
+    for _ in range(REBOOTS):
         rig.guest.reboot()
         for name in DISKS:
             assert rig.is_packed(f"block/{rig.disk(name)}")

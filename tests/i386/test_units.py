@@ -8,7 +8,10 @@ ELSEWHERE = (
 )  # fmt: skip
 """Tests that run a 32-bit interpreter themselves, or look at how 64-bit code or a 64-bit kernel does."""
 
-LONG = ("virtio/test_decoding", "virtio/test_suppression", "virtio/test_vhost_user_backend")
+LONG = (
+    "virtio/test_decoding", "virtio/test_packed_decoding", "virtio/test_suppression", "virtio/test_inflight_packed",
+    "virtio/test_vhost_user_backend", "virtio/test_conformance", "memory/test_compressed",
+)  # fmt: skip
 """Tests that try everything, which has no other outcome for a word's bits."""
 
 LGUEST = (
