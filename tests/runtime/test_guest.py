@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import pytest
 from runtime.dialogue import HELP, REFUSED
@@ -28,8 +28,10 @@ from lguestlib.runtime.backend.random import KernelRandom
 from lguestlib.runtime.backend.responder import Responder
 from lguestlib.runtime.guest import image_path
 from lguestlib.runtime.kvm import KvmMachine
-from lguestlib.runtime.vm import KvmUnusable, open_kvm
 from lguestlib.runtime.machine import Outcome, PowerOff, Reboot
+from lguestlib.runtime.pc.machine import PcMachine
+from lguestlib.runtime.pc.runner import PciDeviceRunner
+from lguestlib.runtime.vm import KvmUnusable, open_kvm
 from lguestlib.virtio.device import Device, Queue
 from lguestlib.virtio.devices.block import Block
 from lguestlib.virtio.devices.console import Console
@@ -189,17 +191,29 @@ class Session:
         words: str = ADDRESSES,
         console: Callable[[Keyboard], Device] = Console,
         without: int = 0,
+        bus: Literal["mmio", "pci"] = "mmio",
     ) -> None:
         self.reports: list[str] = []
         self.keyboard = Keyboard()
-        self.machine = KvmMachine(GuestMemory.anonymous(MEMORY), self.reports.append)
-        for device in (*devices, console(self.keyboard)):
-            self.machine.add(device).transport.offered &= ~without
-        entry = load(self.machine.memory, image)
-        line = " ".join([*self.machine.device_parameters(), words]).encode() + b"\0"
-        self.machine.memory.write(COMMAND_LINE_AT, line)
-        self.machine.memory.write(PARAMETERS_AT, boot_parameters())
-        self.machine.boot(entry, PARAMETERS_AT)
+        self.machine: KvmMachine | PcMachine
+        memory, parts = GuestMemory.anonymous(MEMORY), (*devices, console(self.keyboard))
+        entry = load(memory, image)
+        memory.write(PARAMETERS_AT, boot_parameters())
+        if bus == "pci":
+            self.machine = pc = PcMachine(memory, self.reports.append)
+            for device in parts:
+                runner = pc.add(device)
+                assert isinstance(runner, PciDeviceRunner)
+                runner.function.transport.offered &= ~without
+            pc.place_firmware()
+            pc.boot_32(entry, esi=PARAMETERS_AT)
+        else:
+            self.machine = small = KvmMachine(memory, self.reports.append)
+            for device in parts:
+                small.add(device).transport.offered &= ~without
+            words = " ".join([*small.device_parameters(), words])
+            small.boot(entry, PARAMETERS_AT)
+        memory.write(COMMAND_LINE_AT, words.encode() + b"\0")
         self.machine.start()
 
     def boot(self) -> str:
@@ -300,10 +314,11 @@ SECTOR_5 = """\
 """
 
 
+@pytest.mark.parametrize("bus", ["mmio", "pci"])
 def test_every_command_does_what_help_says(
-    kvm: None, image: Path, responder: Responder, disk: Disk
+    kvm: None, image: Path, responder: Responder, disk: Disk, bus: Literal["mmio", "pci"]
 ) -> None:
-    with Session(image, *everything(responder, disk)) as session:
+    with Session(image, *everything(responder, disk), bus=bus) as session:
         assert session.boot() == "lguestlib guest: 32 MiB, 4 devices; try help\n"
         run = session.run
         assert run("help") == HELP

@@ -38,7 +38,7 @@ static void parse_device(const char *text)
             text++;
         if (*text == '@' && (text = scan_number(text + 1, &base)) && *text == ':' &&
             scan_number(text + 1, &line)) {
-            virtio_add(base, line);
+            mmio_add(base, line);
             return;
         }
     }
@@ -87,6 +87,7 @@ void guest_main(const uint8_t *boot_params)
     machine_start(boot_params);
     if (command_line)
         parse_command_line(command_line);
+    pci_scan();
     for (struct virtio_device *device = devices; device < devices + device_count; device++)
         virtio_start(device);
     if (!quiet)

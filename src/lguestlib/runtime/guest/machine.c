@@ -3,7 +3,7 @@
 #include <stdarg.h>
 
 #include "text.h"
-#include "virtio.h"
+#include "transport.h"
 #include "x86.h"
 
 /* Ports of the machine that runs us. */
@@ -39,11 +39,12 @@
 #define IOAPIC_LOW(line) (0x10 + 2 * (line))
 #define IOAPIC_HIGH(line) (0x11 + 2 * (line))
 
-/* Vectors: exceptions, then the lines, then the local APIC's own. */
+/* Vectors: exceptions, then the lines, then the local APIC's own, then messages. */
 #define EXCEPTIONS 32
 #define VECTOR_TIMER 0x38
 #define VECTOR_SPURIOUS 0x3f
-#define VECTORS 64
+#define FIRST_MESSAGE 0x40
+#define VECTORS (FIRST_MESSAGE + MESSAGES)
 
 /* Exceptions that push an error code below EIP. */
 #define WITH_ERROR_CODE 0x60227d00u
@@ -146,6 +147,17 @@ void interrupt_enable(uint32_t line)
     ioapic_write(IOAPIC_LOW(line), EXCEPTIONS + line);
 }
 
+uint32_t message_address(void)
+{
+    /* To this CPU, whose ID is in the same bits in both. */
+    return LAPIC | (read32(LAPIC_ID) >> 24 << 12);
+}
+
+uint32_t message_data(uint32_t message)
+{
+    return FIRST_MESSAGE + message;
+}
+
 /* Called by interrupt_entry; *pushed is what the CPU has put on the stack. */
 void interrupt(uint32_t vector, const uint32_t *pushed)
 {
@@ -156,8 +168,10 @@ void interrupt(uint32_t vector, const uint32_t *pushed)
     }
     if (vector == VECTOR_SPURIOUS)
         return;
-    if (vector != VECTOR_TIMER)
-        virtio_interrupt(vector - EXCEPTIONS);
+    if (vector >= FIRST_MESSAGE)
+        pci_interrupt(vector - FIRST_MESSAGE);
+    else if (vector != VECTOR_TIMER)
+        mmio_interrupt(vector - EXCEPTIONS);
     interrupted = true;
     write32(LAPIC_EOI, 0);
 }

@@ -19,8 +19,13 @@ uint32_t machine_memory(void);
 /* Memory for ever, 16-byte aligned, not cleared. */
 void *allocate(size_t length);
 
-/* Let the interrupt line, 0 to 23, through to virtio_interrupt(). */
+/* Let the interrupt line, 0 to 23, through to mmio_interrupt(). */
 void interrupt_enable(uint32_t line);
+
+/* How many messages pci_interrupt() can tell apart; what each writes, and where (Intel SDM, volume 3, "APIC"). */
+#define MESSAGES 64
+uint32_t message_address(void);
+uint32_t message_data(uint32_t message);
 
 /* Sleep until there has been an interrupt since the last sleep. */
 void machine_sleep(void);

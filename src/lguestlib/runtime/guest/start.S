@@ -22,7 +22,7 @@ start:
         .globl interrupt_stubs
 interrupt_stubs:
         vector = 0
-        .rept   64
+        .rept   128
         .balign 8
         pushl   $vector
         jmp     interrupt_entry

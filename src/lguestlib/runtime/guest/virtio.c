@@ -5,31 +5,6 @@
 #include "text.h"
 #include "x86.h"
 
-/* The registers (4.2.2). */
-#define MAGIC_VALUE 0x000
-#define VERSION 0x004
-#define DEVICE_ID 0x008
-#define DEVICE_FEATURES 0x010
-#define DEVICE_FEATURES_SELECT 0x014
-#define DRIVER_FEATURES 0x020
-#define DRIVER_FEATURES_SELECT 0x024
-#define QUEUE_SELECT 0x030
-#define QUEUE_SIZE_LARGEST 0x034
-#define QUEUE_SIZE 0x038
-#define QUEUE_READY 0x044
-#define QUEUE_NOTIFY 0x050
-#define INTERRUPT_STATUS 0x060
-#define INTERRUPT_ACK 0x064
-#define STATUS 0x070
-#define QUEUE_DESCRIPTORS 0x080
-#define QUEUE_DRIVER 0x090
-#define QUEUE_DEVICE 0x0a0
-#define CONFIG_GENERATION 0x0fc
-#define CONFIG 0x100
-
-#define MAGIC 0x74726976
-#define INTERRUPT_CONFIG 2
-
 /* The device status (2.1). */
 #define ACKNOWLEDGE 1
 #define DRIVER 2
@@ -52,29 +27,22 @@ static const struct driver *const drivers[] = {&console_driver, &net_driver, &bl
 struct virtio_device devices[DEVICES_MAX];
 uint32_t device_count;
 
-void virtio_add(uint64_t registers, uint64_t line)
+struct virtio_device *virtio_add(uint32_t type, const struct transport *transport)
 {
     struct virtio_device *device = &devices[device_count];
-    uintptr_t base = registers;
     uint32_t number = 0;
 
-    if (device_count == DEVICES_MAX || registers >> 32 || line > 23 || read32(base + MAGIC_VALUE) != MAGIC ||
-        read32(base + VERSION) != 2) {
-        last_words("nothing to be used at 0x%8x", (uint32_t)base);
-        return;
-    }
     for (unsigned i = 0; i < sizeof drivers / sizeof *drivers; i++)
-        if (drivers[i]->type == read32(base + DEVICE_ID))
+        if (drivers[i]->type == type)
             device->driver = drivers[i];
     if (!device->driver)
-        return;
+        return NULL;
     for (unsigned i = 0; i < device_count; i++)
         number += devices[i].driver == device->driver;
-    device->registers = base;
-    device->line = line;
+    device->transport = transport;
     device->number = number;
     device_count++;
-    interrupt_enable(line);
+    return device;
 }
 
 struct virtio_device *virtio_find(const struct driver *driver, uint64_t number)
@@ -93,7 +61,7 @@ bool virtio_has(const struct virtio_device *device, uint32_t feature)
 /* Accept what is offered and wanted.  Nothing here can do without VERSION_1 (6.1). */
 static bool negotiate(struct virtio_device *device)
 {
-    uintptr_t base = device->registers;
+    const struct transport *transport = device->transport;
     uint32_t wanted[2] = {0, 0};
 
     for (const struct feature *feature = ring_features; feature->name; feature++)
@@ -101,10 +69,8 @@ static bool negotiate(struct virtio_device *device)
     for (const struct feature *feature = device->driver->features; feature->name; feature++)
         wanted[feature->bit / 32] |= 1u << feature->bit % 32;
     for (unsigned page = 0; page < 2; page++) {
-        write32(base + DEVICE_FEATURES_SELECT, page);
-        device->features[page] = read32(base + DEVICE_FEATURES) & wanted[page];
-        write32(base + DRIVER_FEATURES_SELECT, page);
-        write32(base + DRIVER_FEATURES, device->features[page]);
+        device->features[page] = transport->offered(device, page) & wanted[page];
+        transport->accept(device, page, device->features[page]);
     }
     return virtio_has(device, VIRTIO_F_VERSION_1);
 }
@@ -120,23 +86,14 @@ static volatile uint16_t *avail_event(struct virtqueue *queue)
     return (volatile uint16_t *)&queue->used->ring[queue->size];
 }
 
-static void write_address(uintptr_t reg, const volatile void *address)
-{
-    write32(reg, (uintptr_t)address);
-    write32(reg + 4, 0);
-}
-
-/* Give the device a queue with nothing in it (4.2.3.2). */
+/* Give the device a queue with nothing in it. */
 static bool set_up_queue(struct virtio_device *device, uint32_t number)
 {
-    uintptr_t base = device->registers;
     const struct queue_kind *kind = &device->driver->queues[number];
     struct virtqueue *queue = &device->queues[number];
-    uint32_t size = kind->size, largest;
+    uint32_t size = kind->size, largest = device->transport->queue_size(device, number);
 
-    write32(base + QUEUE_SELECT, number);
-    largest = read32(base + QUEUE_SIZE_LARGEST);
-    if (read32(base + QUEUE_READY) || largest < QUEUE_SIZE_MIN)
+    if (largest < QUEUE_SIZE_MIN)
         return false;
     while (size > largest)
         size /= 2;
@@ -159,11 +116,7 @@ static bool set_up_queue(struct virtio_device *device, uint32_t number)
     queue->available->flags = queue->available->index = 0;
     queue->used->flags = queue->used->index = 0;
     *used_event(queue) = *avail_event(queue) = 0;
-    write32(base + QUEUE_SIZE, queue->size);
-    write_address(base + QUEUE_DESCRIPTORS, queue->descriptors);
-    write_address(base + QUEUE_DRIVER, queue->available);
-    write_address(base + QUEUE_DEVICE, queue->used);
-    write32(base + QUEUE_READY, 1);
+    device->transport->enable(queue);
     return true;
 }
 
@@ -184,26 +137,26 @@ static bool set_up_queues(struct virtio_device *device)
 /* The steps of 3.1.1, in its order. */
 bool virtio_start(struct virtio_device *device)
 {
-    uintptr_t status = device->registers + STATUS;
+    const struct transport *transport = device->transport;
 
     device->running = false;
     device->config_changed = false;
     device->starts++;
-    write32(status, 0);
-    while (read32(status))
+    transport->set_status(device, 0);
+    while (transport->status(device))
         ;
-    write32(status, ACKNOWLEDGE);
-    write32(status, ACKNOWLEDGE | DRIVER);
+    transport->set_status(device, ACKNOWLEDGE);
+    transport->set_status(device, ACKNOWLEDGE | DRIVER);
     if (!negotiate(device))
         goto failed;
-    write32(status, ACKNOWLEDGE | DRIVER | FEATURES_OK);
-    if (!(read32(status) & FEATURES_OK))
+    transport->set_status(device, ACKNOWLEDGE | DRIVER | FEATURES_OK);
+    if (!(transport->status(device) & FEATURES_OK))
         goto failed;
     if (!set_up_queues(device))
         goto failed;
     if (device->driver->configure)
         device->driver->configure(device);
-    write32(status, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
+    transport->set_status(device, ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK);
     device->running = true;
     if (device->driver->started)
         device->driver->started(device);
@@ -212,19 +165,19 @@ bool virtio_start(struct virtio_device *device)
     return true;
 
 failed:
-    write32(status, FAILED);
+    transport->set_status(device, FAILED);
     last_words("%s%u: cannot be set up", device->driver->name, device->number);
     return false;
 }
 
 void virtio_config(struct virtio_device *device, uint32_t offset, void *to, uint32_t width, uint32_t count)
 {
-    uintptr_t base = device->registers, field;
     uint32_t generation;
+    uintptr_t field;
 
     do {
-        generation = read32(base + CONFIG_GENERATION);
-        field = base + CONFIG + offset;
+        generation = device->transport->generation(device);
+        field = device->config + offset;
         for (uint32_t i = 0; i < count; i++, field += width) {
             if (width == 4)
                 ((uint32_t *)to)[i] = read32(field);
@@ -233,24 +186,7 @@ void virtio_config(struct virtio_device *device, uint32_t offset, void *to, uint
             else
                 ((uint8_t *)to)[i] = read8(field);
         }
-    } while (read32(base + CONFIG_GENERATION) != generation);
-}
-
-void virtio_interrupt(uint32_t line)
-{
-    for (struct virtio_device *device = devices; device < devices + device_count; device++) {
-        uint32_t reasons;
-
-        if (device->line != line)
-            continue;
-        reasons = read32(device->registers + INTERRUPT_STATUS);
-        if (!reasons)
-            continue;
-        write32(device->registers + INTERRUPT_ACK, reasons);
-        device->interrupts++;
-        if (reasons & INTERRUPT_CONFIG)
-            device->config_changed = true;
-    }
+    } while (device->transport->generation(device) != generation);
 }
 
 /* The config space has changed, or the device has failed and says so in its status (2.1.2). */
@@ -259,7 +195,7 @@ static void look_again(struct virtio_device *device)
     const struct driver *driver = device->driver;
 
     device->config_changed = false;
-    if (!(read32(device->registers + STATUS) & NEEDS_RESET)) {
+    if (!(device->transport->status(device) & NEEDS_RESET)) {
         if (driver->configure)
             driver->configure(device);
     } else if (device->failures++ < FAILURES_MAX) {
@@ -267,7 +203,7 @@ static void look_again(struct virtio_device *device)
         virtio_start(device);
     } else {
         last_words("%s%u: needs a reset again and again, and is given up", driver->name, device->number);
-        write32(device->registers + STATUS, FAILED);
+        device->transport->set_status(device, FAILED);
         device->running = false;
     }
 }
@@ -322,7 +258,7 @@ void queue_kick(struct virtqueue *queue)
     queue->announced = new;
     if (old != new && wants_kick(queue, old, new)) {
         queue->kicks++;
-        write32(queue->device->registers + QUEUE_NOTIFY, queue->number);
+        queue->device->transport->notify(queue);
     }
 }
 

@@ -1,10 +1,12 @@
-/* virtio over MMIO, the driver's side: devices (virtio 1.3, 3 and 4.2) and split virtqueues (2.7). */
+/* virtio, the driver's side: devices (virtio 1.3, 3) and split virtqueues (2.7), behind any transport. */
 
 #ifndef VIRTIO_H
 #define VIRTIO_H
 
 #include <stdbool.h>
 #include <stdint.h>
+
+#include "transport.h"
 
 #define VIRTIO_ID_NET 1
 #define VIRTIO_ID_BLOCK 2
@@ -69,6 +71,9 @@ struct virtqueue {
     /* A buffer for each descriptor. */
     uint8_t *pool;
 
+    /* Over PCI: where the device is notified of it. */
+    uintptr_t doorbell;
+
     /* Since boot: chains offered, notifications sent. */
     uint32_t requests, kicks;
 };
@@ -88,8 +93,13 @@ struct queue_kind {
 #define QUEUE_SIZE_MIN 4
 
 struct virtio_device {
-    uintptr_t registers;
+    const struct transport *transport;
+    /* The transport's registers, and the config space. */
+    uintptr_t registers, config;
+    /* Over MMIO: the interrupt line.  Over PCI: where queues are notified, and how far apart. */
     uint32_t line;
+    uintptr_t notify;
+    uint32_t notify_multiplier;
     const struct driver *driver;
     /* Among the devices of its kind. */
     uint32_t number;
@@ -138,8 +148,8 @@ extern const struct feature ring_features[];
 extern struct virtio_device devices[DEVICES_MAX];
 extern uint32_t device_count;
 
-/* Put the device whose registers are there on the list, if it is one and we have its driver. */
-void virtio_add(uint64_t registers, uint64_t line);
+/* Put a device of that type on the list if we have its driver; NULL if not.  There has to be room. */
+struct virtio_device *virtio_add(uint32_t type, const struct transport *transport);
 
 /* The device of that kind and number, if it works. */
 struct virtio_device *virtio_find(const struct driver *driver, uint64_t number);
@@ -151,9 +161,6 @@ bool virtio_has(const struct virtio_device *device, uint32_t feature);
 
 /* Read count fields of width bytes from the config space, all of one generation. */
 void virtio_config(struct virtio_device *device, uint32_t offset, void *to, uint32_t width, uint32_t count);
-
-/* The interrupt handler's part: say what for, and acknowledge. */
-void virtio_interrupt(uint32_t line);
 
 /* What an interrupt has left to do. */
 void virtio_serve(void);

@@ -10,6 +10,18 @@ static inline void out8(uint16_t port, uint8_t value)
     asm volatile("outb %0, %1" : : "a"(value), "Nd"(port));
 }
 
+static inline void out32(uint16_t port, uint32_t value)
+{
+    asm volatile("outl %0, %1" : : "a"(value), "Nd"(port));
+}
+
+static inline uint32_t in32(uint16_t port)
+{
+    uint32_t value;
+    asm volatile("inl %1, %0" : "=a"(value) : "Nd"(port));
+    return value;
+}
+
 /* Device registers: one access of the given width, and a form of MOV that any emulator knows. */
 
 static inline uint32_t read32(uintptr_t address)
@@ -36,6 +48,16 @@ static inline uint8_t read8(uintptr_t address)
 static inline void write32(uintptr_t address, uint32_t value)
 {
     asm volatile("movl %1, %0" : "=m"(*(volatile uint32_t *)address) : "r"(value) : "memory");
+}
+
+static inline void write16(uintptr_t address, uint16_t value)
+{
+    asm volatile("movw %1, %0" : "=m"(*(volatile uint16_t *)address) : "r"(value) : "memory");
+}
+
+static inline void write8(uintptr_t address, uint8_t value)
+{
+    asm volatile("movb %1, %0" : "=m"(*(volatile uint8_t *)address) : "q"(value) : "memory");
 }
 
 /* x86 keeps loads in order, and stores: there the compiler alone has to be held back. */
