@@ -373,7 +373,8 @@ def _pc_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpus", type=_cpus, default=1, metavar="N", help="processors of a Linux on kvm (default 1)")
     parser.add_argument(
         "--transport", choices=("pci", "mmio"),
-        help="how a Linux on kvm finds its devices: by PCI, each queue with an interrupt of its own (default), or by ACPI",
+        help="how a guest on kvm finds its devices: by PCI, each queue with an interrupt of its own (default for"
+        " Linux), or by virtio-mmio (default for the built-in guest)",
     )  # fmt: skip
 
 

@@ -251,3 +251,27 @@ def test_the_guest_has_the_memory_that_was_asked_for(hypervisor: str) -> None:
     # The first MiB of a PC is not all memory.
     output = run("run", "--hypervisor", hypervisor, "--memory", "18", "--exec", "off").output
     assert re.search(r"\b1[78] MiB", output)
+
+
+def test_the_built_in_guest_finds_its_devices_by_pci(image: Path) -> None:
+    sessions.kvm_or_skip()
+    words = ("run", "--hypervisor", "kvm", "--transport", "pci", "--block", str(image))
+    status, output, errors = run(*words, "--exec", "write 1 hello; flush; read 1; rand 16; ping; reset")
+    assert status == 0, (output, errors)
+    assert "|hello...........|" in output and "1 resets, ok" in output
+    assert re.search(r"^reply from 192\.168\.19\.1: ", output, re.MULTILINE)
+    assert image.read_bytes()[SECTOR : SECTOR + 5] == b"hello"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("--linux", "64", "vmlinux"), "--linux and KERNEL vmlinux: give one of the two"),
+        (("--linux", "--hypervisor", "uml"), "--linux and --hypervisor uml: give one of the two"),
+        (("--cpus", "0"), "argument --cpus: '0' is not a number of processors from 1 to 255"),
+        (("--transport", "isa"), "argument --transport: invalid choice: 'isa'"),
+    ],
+)
+def test_what_makes_no_sense_on_a_pc_is_a_wrong_command_line(words: tuple[str, ...], line: str) -> None:
+    status, _, errors = run("run", *words)
+    assert status == 2 and one_line(errors).startswith(line), errors

@@ -841,3 +841,37 @@ def test_the_shipped_guest_is_what_its_sources_make(built: Path) -> None:
 
 def test_it_is_small(image: Path) -> None:
     assert image.stat().st_size < 16384
+
+
+def test_behind_pci_each_queue_has_a_message_of_its_own(
+    kvm: None, image: Path, responder: Responder, disk: Disk
+) -> None:
+    with Session(image, *everything(responder, disk), bus="pci") as session:
+        session.boot()
+        session.run("ping")
+        gsis: list[int] = []
+        for runner in session.machine.runners:
+            assert isinstance(runner, PciDeviceRunner)
+            assert runner.function.msix.enabled and not runner.function.transport.isr & 1
+            attached = runner._vectors._attached
+            assert attached.keys() == {-1, *range(len(runner.queues))}
+            gsis += attached.values()
+        assert len(gsis) == len(set(gsis)) == 4 + 2 + 1 + 1 + 2
+        assert session.end() == PowerOff(0)
+
+
+def test_a_device_that_needs_a_reset_gets_it_behind_pci(kvm: None, image: Path, disk: Disk) -> None:
+    with Session(image, Block(disk), bus="pci", without=int(Feature.RING_EVENT_IDX)) as session:
+        session.boot()
+        for _ in range(5):
+            disk.before_read = fail
+            assert session.run("read 0") == "read: the disk was reset meanwhile\n"
+            disk.before_read = nothing
+            assert session.run("read 0").startswith(SECTOR_0)
+        assert session.reports.count("block0: needs a reset, and gets it") == 5
+
+
+def test_as_many_devices_as_the_pci_bus_has_room_for(kvm: None, image: Path) -> None:
+    with Session(image, *(Entropy(KernelRandom(), f"rng{number}") for number in range(30)), bus="pci") as session:
+        assert session.boot() == "lguestlib guest: 32 MiB, 31 devices; try help\n"
+        assert len(session.run("rand 1024")) == 32 * 65

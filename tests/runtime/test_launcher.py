@@ -20,7 +20,7 @@ from lguestlib.runtime.gil import SWITCH_INTERVAL
 from lguestlib.runtime.launcher import Launcher, choose_hypervisor
 from lguestlib.runtime.vm import KvmUnusable
 from lguestlib.runtime.machine import PowerOff, Stopped
-from lguestlib.runtime.options import MEBIBYTE, DiskImage, MachineOptions, Randomness, ScratchDisk
+from lguestlib.runtime.options import MEBIBYTE, DiskImage, MachineOptions, Randomness, ScratchDisk, VhostUserDisk
 
 OPTIONS = MachineOptions("inprocess", memory=16 * MEBIBYTE, devices=(ScratchDisk(), Randomness()))
 """No network: a private one would take this process into a namespace."""
@@ -184,3 +184,35 @@ def test_with_kvm_auto_takes_it_and_says_so(monkeypatch: pytest.MonkeyPatch) -> 
     assert choose_hypervisor(MachineOptions("auto"), said.append) == "kvm"
     assert said == ["hypervisor: kvm, because /dev/kvm is usable"]
     assert choose_hypervisor(MachineOptions("kvm"), nothing_said) == "kvm"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (replace(OPTIONS, linux=True), "--hypervisor inprocess: it cannot run --linux"),
+        (replace(OPTIONS, cpus=2), "--cpus 2: for a Linux on kvm"),
+        (replace(OPTIONS, transport="pci"), "--transport pci: on kvm alone"),
+    ],
+)
+def test_what_a_pc_alone_has_is_refused_elsewhere(options: MachineOptions, words: str) -> None:
+    with script() as (typist, _), pytest.raises(LaunchError, match=f"^{words}"):
+        Launcher(options, typist, nothing_said)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (MachineOptions("kvm", cpus=2), "--cpus 2: for a Linux on kvm"),
+        (MachineOptions("kvm", transport="pci", devices=(Randomness(),) * 31), "32 devices: the bus has room for 31"),
+        (
+            MachineOptions("kvm", transport="pci", devices=(VhostUserDisk("/run/disk"),)),
+            "--block vhost-user:/run/disk: not by PCI",
+        ),
+    ],
+)
+def test_what_a_pc_has_no_room_for_is_refused(
+    options: MachineOptions, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "open_kvm", lambda: os.open(os.devnull, os.O_RDWR))
+    with script() as (typist, _), pytest.raises(LaunchError, match=f"^{words}"):
+        Launcher(options, typist, nothing_said)

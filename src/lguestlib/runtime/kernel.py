@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from lguestlib.abi.bootparam import setup_header
 from lguestlib.memory.image.file import open_image
 from lguestlib.memory.image.image import Image, ImageError
 from lguestlib.memory.image.lguest_boot import is_32_bit
@@ -30,23 +31,21 @@ def load_kernel(machine: KvmMachine, kernel: str | None, initrd: str | None, com
             if image.bits != 32:
                 raise ImageError(f"{image.format}: the entry is 64-bit; boot the bzImage made from it")
             image.place(machine.memory)
-        setup = None
-        if kernel is None:
-            # It reads a line to its end: what 64 devices take is more than Linux does.
-            setup = plain_setup()
-            setup.cmdline_size = COMMAND_LINE_SIZE
+        setup = _patient_setup() if kernel is None else None
         boot = LinuxBoot(image, ram_map(machine.memory), os.fsencode(command_line), ramdisk, setup)
         machine.boot(image.entry, boot.place(machine.memory).address)
 
 
-def load_pc_kernel(machine: PcMachine, kernel: str, initrd: str | bytes | None, command_line: str) -> None:
+def load_pc_kernel(
+    machine: PcMachine, kernel: str | None, initrd: str | bytes | None, command_line: str
+) -> None:
     """As `load_kernel`, for a PC, whose devices are all there; *initrd* may be the bytes.
 
     A kernel is entered in long mode where it can be, and by PVH or in protected mode
     otherwise.  Raises ImageError.
     """
     path = initrd if isinstance(initrd, str) else None
-    with _opened(kernel, path) as (image, mapped):
+    with _opened(os.fspath(guest.image_path()) if kernel is None else kernel, path) as (image, mapped):
         ramdisk = initrd if isinstance(initrd, bytes) else mapped
         memory, words, e820 = machine.memory, os.fsencode(command_line), machine.memory_map()
         with _about(f"kernel {kernel}: "):
@@ -56,11 +55,19 @@ def load_pc_kernel(machine: PcMachine, kernel: str, initrd: str | bytes | None, 
             info = PvhBoot(image, e820, words, ramdisk, rsdp).place(memory).address
             machine.boot_32(image.pvh_entry, ebx=info)
             return
-        told = LinuxBoot(image, e820, words, ramdisk, rsdp=rsdp).place(memory)
+        setup = _patient_setup() if kernel is None else None
+        told = LinuxBoot(image, e820, words, ramdisk, setup, rsdp=rsdp).place(memory)
         if image.long_entry is not None:
             machine.boot_64(image.long_entry, told.address, place_long_mode(memory))
         else:
             machine.boot_32(image.entry, esi=told.address)
+
+
+def _patient_setup() -> setup_header:
+    """The built-in guest's: it reads a line to its end, and what 64 devices take is more than Linux does."""
+    setup = plain_setup()
+    setup.cmdline_size = COMMAND_LINE_SIZE
+    return setup
 
 
 def load_lguest_kernel(machine: LguestMachine, kernel: str, initrd: str | None, command_line: str) -> None:

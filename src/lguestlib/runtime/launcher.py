@@ -208,7 +208,7 @@ class Launcher:
             raise
 
     def _pc(self) -> PcMachine:
-        host = HostKernel.find() if self.options.kernel is None else None
+        host = HostKernel.find() if self.options.linux else None
         try:
             memory = pc_memory(self.options.memory, any(attachment.shares_memory for attachment in self._attachments))
         except OSError as error:
@@ -238,9 +238,8 @@ class Launcher:
         """Put the user's kernel into *machine*, or the *host*'s, with an initramfs of ours if he has named none."""
         options = self.options
         if host is None:
-            assert options.kernel is not None
-            words = [*_console_words(options.arguments), *options.arguments]
-            load_pc_kernel(machine, options.kernel, options.initrd, " ".join(words))
+            console = () if options.kernel is None else _console_words(options.arguments)
+            load_pc_kernel(machine, options.kernel, options.initrd, " ".join([*console, *self._words()]))
             return
         words = [*OWN_LINUX_WORDS, *self._device_words(), *options.arguments]
         initrd: str | bytes | None = options.initrd
@@ -393,17 +392,21 @@ def _console_words(arguments: Sequence[str]) -> Sequence[str]:
 
 
 def is_pc_guest(options: MachineOptions) -> bool:
-    """Whether the guest wants a PC: Linux does, and a small program of 32 bits does not."""
-    return options.linux if options.kernel is None else is_pc_kernel(options.kernel)
+    """Whether the guest is to have a PC: Linux wants one, and a small program of 32 bits does not, but by PCI."""
+    return options.linux or options.transport == "pci" or options.kernel is not None and is_pc_kernel(options.kernel)
 
 
 def _check_pc_options(options: MachineOptions, is_pc: bool) -> None:
     """Raise LaunchError for what only a PC has, where the guest is on none, and for more processors than make sense."""
-    asked = "--linux" if options.linux else f"--cpus {options.cpus}" if options.cpus > 1 else ""
-    if options.transport == "pci":
-        asked = asked or "--transport pci"
-    if asked and not is_pc:
-        raise LaunchError(f"{asked}: for a Linux on kvm (run --linux, or MEM KERNEL with a bzImage or a 64-bit kernel)")
+    if options.cpus > 1 and not (is_pc and (options.linux or options.kernel is not None)):
+        raise LaunchError(
+            f"--cpus {options.cpus}: for a Linux on kvm (run --linux, or MEM KERNEL with a bzImage or a 64-bit kernel)"
+        )
+    if options.transport == "pci" and not is_pc:
+        raise LaunchError("--transport pci: on kvm alone (--hypervisor kvm)")
+    for device in options.devices:
+        if is_pc and options.transport != "mmio" and isinstance(device, VhostUserDisk):
+            raise LaunchError(f"--block vhost-user:{device.path}: not by PCI (--transport mmio)")
 
 
 def _check_memory(size: int, hypervisor: HypervisorName | Literal["pc"]) -> None:

@@ -1,11 +1,14 @@
 """A machine whose devices are behind virtio-mmio registers."""
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 from lguestlib.memory.address import GuestAddress
+from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.machine import Machine
 from lguestlib.runtime.mmio_runner import MmioDeviceRunner
 from lguestlib.runtime.runner import MmioRunner
+from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.vhost_user.external import ExternalDevice, ExternalDeviceRunner
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.mmio import REGION_SIZE
@@ -36,11 +39,9 @@ class MmioMachine(Machine[MmioRunner]):
         return runner
 
     def _runner(self, device: Device) -> MmioRunner:
-        if isinstance(device, ExternalDevice):
-            return ExternalDeviceRunner(
-                device, self.memory, self.report, lambda: self._stopping, self._interrupt_fd()
-            )
-        return MmioDeviceRunner(device, self.memory, self.report, self.tracer, self._interrupt_fd())
+        return mmio_runner(
+            device, self.memory, self.report, self.tracer, lambda: self._stopping, self._interrupt_fd()
+        )
 
     def address_of(self, slot: int) -> GuestAddress:
         """The guest-physical address of the registers of the device in *slot*."""
@@ -58,3 +59,17 @@ class MmioMachine(Machine[MmioRunner]):
     @abstractmethod
     def _attach(self, runner: MmioRunner, slot: int) -> None:
         """Connect the device's kicks and interrupt with the guest."""
+
+
+def mmio_runner(
+    device: Device,
+    memory: GuestMemory,
+    report: Callable[[str], None],
+    tracer: Tracer | None,
+    give_up: Callable[[], bool],
+    interrupt_fd: int | None = None,
+) -> MmioRunner:
+    """What runs *device* behind virtio-mmio registers, here or in another process; *give_up* as there."""
+    if isinstance(device, ExternalDevice):
+        return ExternalDeviceRunner(device, memory, report, give_up, interrupt_fd)
+    return MmioDeviceRunner(device, memory, report, tracer, interrupt_fd)

@@ -28,7 +28,7 @@ from lguestlib.memory.image.long_mode import LongMode
 from lguestlib.memory.region import Region
 from lguestlib.runtime.ending import end_thread
 from lguestlib.runtime.machine import Crash, Machine, Outcome, PowerOff, Reboot, Stopped
-from lguestlib.runtime.mmio_runner import MmioDeviceRunner
+from lguestlib.runtime.mmio_machine import mmio_runner
 from lguestlib.runtime.options import TransportName
 from lguestlib.runtime.pc import clock, serial
 from lguestlib.runtime.pc.clock import CmosClock
@@ -37,6 +37,7 @@ from lguestlib.runtime.pc.runner import PciDeviceRunner
 from lguestlib.runtime.pc.serial import Serial8250, Verdict
 from lguestlib.runtime.pc.vectors import Routes
 from lguestlib.runtime.ports import GuestPorts, PORT_KEYBOARD
+from lguestlib.runtime.runner import MmioRunner
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.vm import NEEDED, Vcpu, Vm, capability, open_kvm
 from lguestlib.virtio.device import Device
@@ -84,7 +85,7 @@ it jumps into the BIOS.
 
 _ONES = b"\xff"
 
-PcRunner = PciDeviceRunner | MmioDeviceRunner
+PcRunner = PciDeviceRunner | MmioRunner
 
 
 def pc_memory(size: int, shared: bool = False) -> GuestMemory:
@@ -168,11 +169,11 @@ class PcMachine(Machine[PcRunner]):
             raise ValueError(f"{device.name}: {error}") from None
         return runner
 
-    def _add_mmio(self, device: Device) -> MmioDeviceRunner:
+    def _add_mmio(self, device: Device) -> MmioRunner:
         slot = len(self.runners)
         if slot == MMIO_DEVICES_MAX:
             raise ValueError(f"{device.name}: the bus has no room for more than {MMIO_DEVICES_MAX} devices")
-        runner = MmioDeviceRunner(device, self.memory, self.report, self.tracer)
+        runner = mmio_runner(device, self.memory, self.report, self.tracer, lambda: self._stopping)
         notify = GuestAddress(self._mmio_range(slot).start + VIRTIO_MMIO_QUEUE_NOTIFY)
         try:
             for index, kick in enumerate(runner.kicks):
@@ -202,7 +203,7 @@ class PcMachine(Machine[PcRunner]):
             mmio=[
                 MmioDevice(self._mmio_range(slot), MMIO_LINES[slot % len(MMIO_LINES)])
                 for slot, runner in enumerate(self.runners)
-                if isinstance(runner, MmioDeviceRunner)
+                if not isinstance(runner, PciDeviceRunner)
             ],
         )
         tables = acpi_tables(platform, FIRMWARE.start)
@@ -304,12 +305,12 @@ class PcMachine(Machine[PcRunner]):
         elif mmio := self._mmio_at(address):
             mmio[0].write(mmio[1], data)
 
-    def _mmio_at(self, address: int) -> tuple[MmioDeviceRunner, int] | None:
+    def _mmio_at(self, address: int) -> tuple[MmioRunner, int] | None:
         slot, offset = divmod(address - MMIO_AT, REGION_SIZE)
         if not 0 <= slot < len(self.runners):
             return None
         runner = self.runners[slot]
-        return (runner, offset) if isinstance(runner, MmioDeviceRunner) else None
+        return None if isinstance(runner, PciDeviceRunner) else (runner, offset)
 
     def _port(self, vcpu: Vcpu) -> Outcome | None:
         io = vcpu.state.io
