@@ -216,5 +216,6 @@ def test_what_cannot_be_is_one_line(host: Host) -> None:
     only_long()
     shown, status = host.launch(f"run 16 /boot/{real_kernel().name}")
     assert status == 1 and re.search(r"kernel /boot/\S+: bzImage: .* give the guest \d+ MiB", shown), shown
-    shown, status = host.launch(f"run 256 /boot/{real_kernel().name} --initrd {host.garbage} quiet panic=-1 2>&1 | head -n 40")
+    words = f"run 256 /boot/{real_kernel().name} --initrd {host.garbage} quiet panic=-1"
+    shown, _ = host.launch(f"{words} 2>&1 | head -n 40")
     assert "Kernel panic" in shown and "Unable to mount root fs" in shown, shown

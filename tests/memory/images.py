@@ -43,8 +43,8 @@ SETUP_FIELDS: dict[str, Field] = {
     "jump_length": ("<B", 0x201), "header": ("<I", 0x202), "version": ("<H", 0x206),
     "type_of_loader": ("<B", 0x210), "loadflags": ("<B", 0x211), "code32_start": ("<I", 0x214),
     "initrd_addr_max": ("<I", 0x22C), "kernel_alignment": ("<I", 0x230),
-    "relocatable_kernel": ("<B", 0x234), "xloadflags": ("<H", 0x236), "cmdline_size": ("<I", 0x238), "hardware_subarch": ("<I", 0x23C),
-    "pref_address": ("<Q", 0x258), "init_size": ("<I", 0x260), "kernel_info_offset": ("<I", 0x268),
+    "relocatable_kernel": ("<B", 0x234), "xloadflags": ("<H", 0x236), "cmdline_size": ("<I", 0x238),
+    "hardware_subarch": ("<I", 0x23C), "pref_address": ("<Q", 0x258), "init_size": ("<I", 0x260), "kernel_info_offset": ("<I", 0x268),
 }  # fmt: skip
 
 

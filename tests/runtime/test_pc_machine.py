@@ -176,7 +176,8 @@ def test_a_triple_fault_is_a_crash_with_its_place() -> None:
 
 def test_memory_past_3_gibibytes_is_above_4() -> None:
     with pc_memory(LOW_MEMORY_MAX + (1 << 20)) as memory:
-        assert [(region.base, region.size) for region in memory.regions] == [(0, LOW_MEMORY_MAX), (HIGH_MEMORY_AT, 1 << 20)]
+        ranges = [(region.base, region.size) for region in memory.regions]
+    assert ranges == [(0, LOW_MEMORY_MAX), (HIGH_MEMORY_AT, 1 << 20)]
     with pc_memory(1 << 20, shared=True) as memory:
         assert memory.regions[0].fd >= 0
 

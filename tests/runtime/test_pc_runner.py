@@ -128,6 +128,10 @@ def guest() -> Iterator[Guest]:
         made.close()
 
 
+def queue_threads() -> list[str]:
+    return sorted(thread.name for thread in threading.enumerate() if thread.name.startswith("echo"))
+
+
 def used(guest: Guest, queue: int) -> bytes:
     done: list[tuple[int, int]] = []
 
@@ -237,10 +241,10 @@ def test_t3_a_reset_ends_the_threads_and_takes_the_vectors(guest: Guest) -> None
     for vector in range(3):
         guest.message(vector, 0x40 + vector)
     assert len(guest.wires.irqfds) == 3
-    assert sorted(thread.name for thread in threading.enumerate() if "echo" in thread.name) == ["echo work0", "echo work1"]
+    assert queue_threads() == ["echo work0", "echo work1"]
     guest.put(COMMON_AT + 20, "B", 0)
     assert guest.get(COMMON_AT + 20, "B") == 0
-    assert not [thread.name for thread in threading.enumerate() if "echo" in thread.name]
+    assert queue_threads() == []
     assert guest.wires.irqfds == {} and len(guest.wires.doorbells) == 2
     for ring in guest.rings:
         ring.release()

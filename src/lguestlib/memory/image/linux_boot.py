@@ -130,7 +130,10 @@ def check_map(e820: Sequence[E820Entry], memory: GuestMemory, least: int) -> Non
 def initrd_place(
     kernel: Image, e820: Sequence[E820Entry], size: int, last: int, taken: Sequence[GuestRange]
 ) -> GuestRange:
-    """Where an initrd of *size* bytes goes, up to address *last*, beside *kernel* and what is *taken*.  Raises ImageError."""
+    """Where an initrd of *size* bytes goes, up to address *last*, beside *kernel* and what is *taken*.
+
+    Raises ImageError.
+    """
     ram = [entry.where for entry in e820 if entry.type == abi.E820_TYPE_RAM]
     # The first MiB is the BIOS's on a PC, and Linux treats it so.
     return initrd_range(size, ram, last, [GuestRange(GuestAddress(0), LOAD_ADDRESS), *kernel.occupied, *taken])
