@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from sessions import Session, one_line, run
+from sessions import Session, kvm_or_skip, one_line, run
 from storage_daemon import StorageDaemon
 
 SECTOR = 512
@@ -46,6 +46,17 @@ def test_resets_under_load_and_reboots_leave_it_working(hypervisor: str, image: 
     assert result.output.count("|kept............|") == 3
     assert result.errors.count("the guest starts over") == 2 and "block0" not in result.errors
     assert image.read_bytes()[3 * SECTOR : 5 * SECTOR].split(b"\0")[0] == b"kept"
+
+
+def test_by_pci_the_other_program_has_the_queues_own_message(image: Path, path: Path) -> None:
+    kvm_or_skip()
+    commands = "write 3 kept; reset 20; read 3; reboot; read 3; flush; write 128 past the end"
+    with StorageDaemon(image, path):
+        result = run(*words("kvm", path), "--transport", "pci", "--exec", commands)
+    assert result.output.count("|kept............|") == 2, result
+    assert result.status == 1 and "sector 128 is past the end" in result.output
+    assert result.errors.count("the guest starts over") == 1 and "block0" not in result.errors
+    assert image.read_bytes()[3 * SECTOR : 4 * SECTOR] == b"kept".ljust(SECTOR, b"\0")
 
 
 def test_what_is_in_flight_at_a_reset_has_landed_when_it_is_over(

@@ -204,7 +204,7 @@ class Session:
             for device in parts:
                 runner = pc.add(device)
                 assert isinstance(runner, PciDeviceRunner)
-                runner.function.transport.offered &= ~without
+                runner.registers.function.transport.offered &= ~without
             pc.place_firmware()
             pc.boot_32(entry, esi=PARAMETERS_AT)
         else:
@@ -852,8 +852,8 @@ def test_behind_pci_each_queue_has_a_message_of_its_own(
         gsis: list[int] = []
         for runner in session.machine.runners:
             assert isinstance(runner, PciDeviceRunner)
-            assert runner.function.msix.enabled and not runner.function.transport.isr & 1
-            attached = runner._vectors._attached
+            assert runner.registers.function.msix.enabled and not runner.registers.function.transport.isr & 1
+            attached = runner.registers.vectors._attached
             assert attached.keys() == {-1, *range(len(runner.queues))}
             gsis += attached.values()
         assert len(gsis) == len(set(gsis)) == 4 + 2 + 1 + 1 + 2

@@ -20,7 +20,7 @@ from lguestlib.runtime.gil import SWITCH_INTERVAL
 from lguestlib.runtime.launcher import Launcher, choose_hypervisor
 from lguestlib.runtime.vm import KvmUnusable
 from lguestlib.runtime.machine import PowerOff, Stopped
-from lguestlib.runtime.options import MEBIBYTE, DiskImage, MachineOptions, Randomness, ScratchDisk, VhostUserDisk
+from lguestlib.runtime.options import MEBIBYTE, DiskImage, MachineOptions, Randomness, ScratchDisk
 
 OPTIONS = MachineOptions("inprocess", memory=16 * MEBIBYTE, devices=(ScratchDisk(), Randomness()))
 """No network: a private one would take this process into a namespace."""
@@ -204,10 +204,6 @@ def test_what_a_pc_alone_has_is_refused_elsewhere(options: MachineOptions, words
     [
         (MachineOptions("kvm", cpus=2), "--cpus 2: for a Linux on kvm"),
         (MachineOptions("kvm", transport="pci", devices=(Randomness(),) * 31), "32 devices: the bus has room for 31"),
-        (
-            MachineOptions("kvm", transport="pci", devices=(VhostUserDisk("/run/disk"),)),
-            "--block vhost-user:/run/disk: not by PCI",
-        ),
     ],
 )
 def test_what_a_pc_has_no_room_for_is_refused(

@@ -13,11 +13,13 @@ from runtime.wires import FakeWires
 from lguestlib.abi.eventfd import SIGNAL
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
+from lguestlib.runtime.pc.registers import PciRegisters
 from lguestlib.runtime.pc.runner import PciDeviceRunner
 from lguestlib.runtime.pc.vectors import Routes
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import RING_FEATURES, Device, Queue
 from lguestlib.virtio.layout import QueueLayout
+from lguestlib.virtio.pci.effects import CONFIG
 from lguestlib.virtio.pci.function import COMMON_AT, CONFIG_AT, ISR_AT, MSIX_PENDING_AT, MSIX_TABLE_AT, NOTIFY_AT
 from lguestlib.virtio.split_driver import SplitDriverQueue
 
@@ -58,30 +60,29 @@ class Guest:
         self.reports: list[str] = []
         self.memory = memory
         self.device = Echo()
-        self.runner = PciDeviceRunner(
-            self.device, memory, self.reports.append, self.wires, Routes(self.wires), self.pins.append
-        )
+        self.registers = PciRegisters(self.device, self.wires, Routes(self.wires), self.pins.append)
+        self.runner = PciDeviceRunner(self.device, self.registers, memory, self.reports.append)
         self.rings: list[SplitDriverQueue[int]] = []
 
     def put(self, at: int, layout: str, value: int) -> None:
-        self.runner.write(at, struct.pack("<" + layout, value))
+        self.registers.write(at, struct.pack("<" + layout, value))
 
     def get(self, at: int, layout: str) -> int:
-        value: int = struct.unpack("<" + layout, self.runner.read(at, struct.calcsize("<" + layout)))[0]
+        value: int = struct.unpack("<" + layout, self.registers.read(at, struct.calcsize("<" + layout)))[0]
         return value
 
     def decode(self, bar: int = BAR) -> None:
-        self.runner.write_config(0x10, bar.to_bytes(8, "little"))
-        self.runner.write_config(4, b"\x06\0")
+        self.registers.write_config(0x10, bar.to_bytes(8, "little"))
+        self.registers.write_config(4, b"\x06\0")
 
     def message(self, vector: int, data: int, masked: bool = False) -> None:
         at = MSIX_TABLE_AT + 16 * vector
-        self.runner.write(at, (0xFEE0_0000).to_bytes(8, "little"))
+        self.registers.write(at, (0xFEE0_0000).to_bytes(8, "little"))
         self.put(at + 8, "I", data)
         self.put(at + 12, "I", masked)
 
     def control(self, flags: int) -> None:
-        self.runner.write_config(MSIX_CONTROL, flags.to_bytes(2, "little"))
+        self.registers.write_config(MSIX_CONTROL, flags.to_bytes(2, "little"))
 
     def start(self, vectors: bool = True) -> None:
         for status in (0, 1, 3):
@@ -111,7 +112,8 @@ class Guest:
 
     def interrupts(self, source: int) -> bool:
         """Whether an interrupt of *source* is on its way through its eventfd."""
-        fd = self.runner._interrupts_by_source[source].fd
+        registers = self.registers
+        fd = registers.config_interrupt.fd if source == CONFIG else registers.interrupts[source].fd
         return bool(select.select([fd], [], [], 0)[0])
 
     def close(self) -> None:
@@ -148,11 +150,11 @@ def test_each_queue_has_a_doorbell_that_moves_with_the_bar(guest: Guest) -> None
     guest.decode()
     fds = [kick.fd for kick in guest.runner.kicks]
     assert guest.wires.doorbells == {BAR + NOTIFY_AT: fds[0], BAR + NOTIFY_AT + 4: fds[1]}
-    guest.runner.write_config(0x14, b"\x12\0\0\0")
+    guest.registers.write_config(0x14, b"\x12\0\0\0")
     moved = 0x12_0000_0000 + BAR + NOTIFY_AT
     assert guest.wires.doorbells == {moved: fds[0], moved + 4: fds[1]}
-    guest.runner.write_config(4, b"\0\0")
-    assert guest.wires.doorbells == {} and guest.runner.bar is None
+    guest.registers.write_config(4, b"\0\0")
+    assert guest.wires.doorbells == {} and guest.registers.bar is None
 
 
 def test_a_request_is_rung_for_and_its_answer_is_the_queues_own_message(guest: Guest) -> None:
@@ -163,7 +165,7 @@ def test_a_request_is_rung_for_and_its_answer_is_the_queues_own_message(guest: G
         guest.message(vector, 0x40 + vector)
     assert sorted(route.data for route in guest.wires.routes.values()) == [0x40, 0x41, 0x42]
     for queue in (1, 0):
-        gsi = guest.wires.irqfds[guest.runner._interrupts_by_source[queue].fd]
+        gsi = guest.wires.irqfds[guest.registers.interrupts[queue].fd]
         assert guest.wires.routes[gsi].data == 0x41 + queue
         guest.request(queue, b"hello")
         assert used(guest, queue) == b"hello"
@@ -205,10 +207,10 @@ def test_without_msix_the_pin_is_asserted_until_the_isr_is_read(guest: Guest) ->
 def test_a_disabled_pin_stays_as_it_is(guest: Guest) -> None:
     guest.decode()
     guest.start(vectors=False)
-    guest.runner.write_config(4, (2 | INTX_DISABLE).to_bytes(2, "little"))
+    guest.registers.write_config(4, (2 | INTX_DISABLE).to_bytes(2, "little"))
     guest.request(0, b"hello")
     used(guest, 0)
-    eventually(lambda: bool(guest.runner.function.transport.isr), "the ISR")
+    eventually(lambda: bool(guest.registers.function.transport.isr), "the ISR")
     assert guest.pins == []
 
 
@@ -219,7 +221,7 @@ def test_a_changed_config_space_interrupts_by_its_own_vector(guest: Guest) -> No
     generation = guest.get(COMMON_AT + 21, "B")
     guest.device.space = b"other!"
     guest.device.on_config_change(guest.device)
-    assert guest.interrupts(-1)
+    assert guest.interrupts(CONFIG)
     assert guest.get(COMMON_AT + 21, "B") != generation
 
 
@@ -231,7 +233,7 @@ def test_a_device_that_fails_says_so_by_its_config_interrupt(guest: Guest) -> No
     eventually(lambda: bool(guest.reports), "the report")
     assert "the device is broken" in guest.reports[0]
     assert guest.get(COMMON_AT + 20, "B") == 15 | 0x40
-    assert guest.interrupts(-1)
+    assert guest.interrupts(CONFIG)
 
 
 def test_t3_a_reset_ends_the_threads_and_takes_the_vectors(guest: Guest) -> None:

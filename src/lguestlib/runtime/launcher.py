@@ -404,9 +404,6 @@ def _check_pc_options(options: MachineOptions, is_pc: bool) -> None:
         )
     if options.transport == "pci" and not is_pc:
         raise LaunchError("--transport pci: on kvm alone (--hypervisor kvm)")
-    for device in options.devices:
-        if is_pc and options.transport != "mmio" and isinstance(device, VhostUserDisk):
-            raise LaunchError(f"--block vhost-user:{device.path}: not by PCI (--transport mmio)")
 
 
 def _check_memory(size: int, hypervisor: HypervisorName | Literal["pc"]) -> None:

@@ -33,12 +33,14 @@ from lguestlib.runtime.options import TransportName
 from lguestlib.runtime.pc import clock, serial
 from lguestlib.runtime.pc.clock import CmosClock
 from lguestlib.runtime.pc.processor import add_processors, enter_long_mode
-from lguestlib.runtime.pc.runner import PciDeviceRunner
+from lguestlib.runtime.pc.registers import PciRegisters
+from lguestlib.runtime.pc.runner import ExternalPciRunner, PciDeviceRunner
 from lguestlib.runtime.pc.serial import Serial8250, Verdict
 from lguestlib.runtime.pc.vectors import Routes
 from lguestlib.runtime.ports import GuestPorts, PORT_KEYBOARD
 from lguestlib.runtime.runner import MmioRunner
 from lguestlib.runtime.trace import Tracer
+from lguestlib.runtime.vhost_user.external import ExternalDevice
 from lguestlib.runtime.vm import NEEDED, Vcpu, Vm, capability, open_kvm
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.mmio import REGION_SIZE
@@ -85,7 +87,7 @@ it jumps into the BIOS.
 
 _ONES = b"\xff"
 
-PcRunner = PciDeviceRunner | MmioRunner
+PcRunner = PciDeviceRunner | ExternalPciRunner | MmioRunner
 
 
 def pc_memory(size: int, shared: bool = False) -> GuestMemory:
@@ -156,18 +158,23 @@ class PcMachine(Machine[PcRunner]):
         self.runners.append(runner)
         return runner
 
-    def _add_pci(self, device: Device) -> PciDeviceRunner:
+    def _add_pci(self, device: Device) -> PciDeviceRunner | ExternalPciRunner:
         slot = len(self._bus.functions) + 1
-        runner = PciDeviceRunner(
-            device, self.memory, self.report, self._vm, self._routes, lambda level: self._set_pin(slot, level),
-            self._doorbell_length, self.tracer,
-        )  # fmt: skip
+        registers = PciRegisters(
+            device, self._vm, self._routes, lambda level: self._set_pin(slot, level), self._doorbell_length, self.tracer
+        )
         try:
-            self._bus.add(runner)
+            self._bus.add(registers)
         except ValueError as error:
-            runner.close()
+            registers.close()
             raise ValueError(f"{device.name}: {error}") from None
-        return runner
+        if isinstance(device, ExternalDevice):
+            try:
+                return ExternalPciRunner(device, registers, self.memory, self.report, lambda: self._stopping)
+            except BaseException:
+                registers.close()
+                raise
+        return PciDeviceRunner(device, registers, self.memory, self.report, self.tracer)
 
     def _add_mmio(self, device: Device) -> MmioRunner:
         slot = len(self.runners)
@@ -203,7 +210,7 @@ class PcMachine(Machine[PcRunner]):
             mmio=[
                 MmioDevice(self._mmio_range(slot), MMIO_LINES[slot % len(MMIO_LINES)])
                 for slot, runner in enumerate(self.runners)
-                if not isinstance(runner, PciDeviceRunner)
+                if not isinstance(runner, PciDeviceRunner | ExternalPciRunner)
             ],
         )
         tables = acpi_tables(platform, FIRMWARE.start)
@@ -310,7 +317,7 @@ class PcMachine(Machine[PcRunner]):
         if not 0 <= slot < len(self.runners):
             return None
         runner = self.runners[slot]
-        return None if isinstance(runner, PciDeviceRunner) else (runner, offset)
+        return None if isinstance(runner, PciDeviceRunner | ExternalPciRunner) else (runner, offset)
 
     def _port(self, vcpu: Vcpu) -> Outcome | None:
         io = vcpu.state.io

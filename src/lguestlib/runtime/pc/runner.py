@@ -1,198 +1,65 @@
-"""A device at work behind a PCI function."""
+"""A device at work behind a PCI function: here, or in another process."""
 
-import threading
 from collections.abc import Callable
-from typing import Protocol, TypeVar
 
-from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.device_runner import DeviceRunner
-from lguestlib.runtime.interrupt import EventfdInterrupt
-from lguestlib.runtime.pc.vectors import Routes, Vectors, Wires
+from lguestlib.runtime.pc.registers import PciRegisters
 from lguestlib.runtime.trace import Tracer
+from lguestlib.runtime.vhost_user.external import ExternalDevice, ExternalRunner
+from lguestlib.runtime.vhost_user.frontend import BackEndError
 from lguestlib.virtio.device import Device
-from lguestlib.virtio.effects import DriverReady, Notify, QueueReady, QueueStop, Reset
-from lguestlib.virtio.pci.effects import (
-    CONFIG,
-    BarMoved,
-    MsixEnabled,
-    PciEffect,
-    PinLevel,
-    VectorAssigned,
-    VectorChanged,
-)
-from lguestlib.virtio.pci.function import PciFunction
-from lguestlib.virtio.status import Status
-
-Result = TypeVar("Result")
-
-
-class Doorbells(Wires, Protocol):
-    """What is asked of the virtual machine, `Vm`, besides."""
-
-    def add_doorbell(self, address: GuestAddress, length: int, fd: int, about: object) -> None:
-        """A write of *length* bytes to *address*, of any length for 0, signals *fd*."""
-
-    def remove_doorbell(self, address: GuestAddress, length: int, fd: int, about: object) -> None:
-        """It does not any more."""
-
-
-class PciInterrupt:
-    """A source's interrupt: a message if *by_message*, and otherwise the function's pin, which *assert_pin* asserts."""
-
-    def __init__(self, assert_pin: Callable[[], None], tracer: Tracer | None) -> None:
-        self._message = EventfdInterrupt(lambda: None, None, tracer)
-        self._assert_pin = assert_pin
-        self.by_message = False
-
-    @property
-    def fd(self) -> int:
-        """The eventfd of the message."""
-        return self._message.fd
-
-    def signal(self) -> None:
-        """Interrupt the guest."""
-        if self.by_message:
-            self._message.signal()
-        else:
-            self._assert_pin()
-
-    def unblock(self) -> None:
-        """Let a thread go on that sleeps in `signal`."""
-        self._message.unblock()
-
-    def close(self) -> None:
-        """Close the descriptor; no thread may still signal."""
-        self._message.close()
+from lguestlib.virtio.effects import DriverReady, Effect
 
 
 class PciDeviceRunner(DeviceRunner):
-    """Runs *device* on guest *memory* as its driver asks through the registers of its `function`.
-
-    Each queue has its notification address, an ioeventfd, and its interrupt, which is
-    an irqfd as soon as the driver has given it a vector.  *set_pin* is told the level
-    of the function's pin.  Accesses by any number of threads.
-    """
+    """Runs *device* on guest *memory* as its driver asks through the *registers*, which become the runner's."""
 
     def __init__(
         self,
         device: Device,
+        registers: PciRegisters,
         memory: GuestMemory,
         report: Callable[[str], None],
-        wires: Doorbells,
-        routes: Routes,
-        set_pin: Callable[[bool], None],
-        doorbell_length: int = 0,
         tracer: Tracer | None = None,
     ) -> None:
-        self.function = PciFunction(device)
-        self._interrupts_by_source = {
-            source: PciInterrupt(self._assert_pin if source != CONFIG else self._update_pin, tracer)
-            for source in (CONFIG, *range(len(device.queues())))
-        }
-        interrupts = [
-            interrupt for source, interrupt in self._interrupts_by_source.items() if source != CONFIG
-        ]
-        super().__init__(device, self.function.transport, memory, interrupts, report, tracer)
-        self._wires = wires
-        self._set_pin = set_pin
-        self._doorbell_length = doorbell_length
-        fds = {source: interrupt.fd for source, interrupt in self._interrupts_by_source.items()}
-        self._vectors = Vectors(wires, routes, fds, device.name)
-        self.function.msix.pending = self._vectors.pending
-        self._bar: GuestAddress | None = None
-        # One access at a time, with all that it asks for.
-        self._accessing = threading.Lock()
-        # Held by whoever looks at the model or changes it: queue threads too, where they assert the pin.
-        self._model = threading.RLock()
-        device.on_config_change = self._config_changed
-
-    @property
-    def bar(self) -> GuestAddress | None:
-        """Where the registers are; None while the function does not decode memory."""
-        return self.function.bar
-
-    def read(self, offset: int, size: int) -> bytes:
-        """*size* bytes the driver reads of the registers at *offset*."""
-        return self._access(lambda: self.function.read(offset, size))
-
-    def write(self, offset: int, data: bytes) -> None:
-        """The driver writes *data* to the registers at *offset*; done when this returns."""
-        self._access(lambda: self.function.write(offset, data))
-
-    def read_config(self, offset: int, size: int) -> bytes:
-        """*size* bytes of configuration space at *offset*."""
-        return self._access(lambda: self.function.read_config(offset, size))
-
-    def write_config(self, offset: int, data: bytes) -> None:
-        """Write *data* to configuration space at *offset*; done when this returns."""
-        self._access(lambda: self.function.write_config(offset, data))
-
-    def _access(self, access: Callable[[], Result]) -> Result:
-        with self._accessing:
-            with self._model:
-                result = access()
-                effects = self._take_effects()
-            for effect in effects:
-                self._see_to(effect)
-            return result
-
-    def _take_effects(self) -> list[PciEffect]:
-        """What is to be seen to, less the pin's level, which must not be overtaken by another."""
-        effects = self.function.take_effects()
-        for effect in effects:
-            if isinstance(effect, PinLevel):
-                self._set_pin(effect.asserted)
-        return [effect for effect in effects if not isinstance(effect, PinLevel)]
-
-    def _see_to(self, effect: PciEffect) -> None:
-        match effect:
-            case VectorChanged(vector, message):
-                self._vectors.change(vector, message)
-            case VectorAssigned(source, vector):
-                self._vectors.assign(source, vector)
-            case MsixEnabled(enabled):
-                for interrupt in self._interrupts_by_source.values():
-                    interrupt.by_message = enabled
-            case BarMoved(address):
-                self._move_doorbells(address)
-            case Reset():
-                self.apply(effect)
-                self._update_pin()
-            case DriverReady() | Notify() | QueueReady() | QueueStop():
-                self.apply(effect)
-
-    def _move_doorbells(self, bar: GuestAddress | None) -> None:
-        before, self._bar = self._bar, bar
-        for queue, kick in enumerate(self.kicks):
-            if before is not None:
-                at = self.function.notify_address(before, queue)
-                self._wires.remove_doorbell(at, self._doorbell_length, kick.fd, self.device.name)
-            if bar is not None:
-                at = self.function.notify_address(bar, queue)
-                self._wires.add_doorbell(at, self._doorbell_length, kick.fd, self.device.name)
-
-    def _assert_pin(self) -> None:
-        """A queue has used buffers."""
-        with self._model:
-            self.function.transport.used_buffer()
-            self._update_pin()
-
-    def _update_pin(self) -> None:
-        with self._model:
-            self.function.update_pin()
-            self._take_effects()
+        self.registers = registers
+        super().__init__(device, registers.function.transport, memory, registers.interrupts, report, tracer)
+        registers.connect(self.kicks, self.apply)
+        device.on_config_change = lambda device: registers.config_changed()
 
     def _interrupt_for_failure(self) -> None:
-        self._interrupts_by_source[CONFIG].signal()
-
-    def _config_changed(self, device: Device) -> None:
-        if self.function.transport.status & Status.DRIVER_OK:
-            with self._model:
-                self.function.transport.config_changed()
-            self._interrupts_by_source[CONFIG].signal()
+        self.registers.config_interrupt.signal()
 
     def close(self) -> None:
         super().close()
-        for interrupt in self._interrupts_by_source.values():
-            interrupt.close()
+        self.registers.close()
+
+
+class ExternalPciRunner(ExternalRunner):
+    """Has another process serve *device*, which interrupts by messages alone.  Otherwise as `PciDeviceRunner`."""
+
+    def __init__(
+        self,
+        device: ExternalDevice,
+        registers: PciRegisters,
+        memory: GuestMemory,
+        report: Callable[[str], None],
+        give_up: Callable[[], bool],
+    ) -> None:
+        self.registers = registers
+        calls = [interrupt.fd for interrupt in registers.interrupts]
+        signal_config = registers.config_interrupt.signal
+        super().__init__(device, registers.function.transport, memory, calls, signal_config, report, give_up)
+        registers.connect(self.kicks, self.apply)
+
+    def apply(self, effect: Effect) -> None:
+        """Do what the driver has asked for; done when this returns."""
+        if isinstance(effect, DriverReady) and not self.registers.function.msix.enabled:
+            with self._lock:
+                self._fail(BackEndError(self.device.path, "its driver does without MSI-X (pci=nomsi?)"))
+        super().apply(effect)
+
+    def close(self) -> None:
+        super().close()
+        self.registers.close()

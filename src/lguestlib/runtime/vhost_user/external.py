@@ -8,7 +8,7 @@ driver's reset, or as soon as it is there.
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from lguestlib.abi import virtio_blk as blk
@@ -35,6 +35,7 @@ from lguestlib.virtio.errors import QueueLayoutError
 from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import QueueLayout
 from lguestlib.virtio.mmio import MmioTransport
+from lguestlib.virtio.registers import RegisterTransport
 from lguestlib.virtio.status import Status
 from lguestlib.virtio.vhost_user.frontend import RINGS_MAX
 
@@ -167,30 +168,31 @@ def _served_elsewhere(chain: Chain) -> int:
     raise NotImplementedError(f"chain {chain.head} is the back-end's to serve")
 
 
-class ExternalDeviceRunner:
-    """Has *device*'s queues served on guest *memory* as its driver asks through `transport`.
+class ExternalRunner:
+    """Has *device*'s queues served on guest *memory* as its driver asks through a *transport*.
 
-    *give_up* is asked whether to wait no longer for the back-end.  Otherwise as
-    `MmioDeviceRunner`.  Raises ValueError for memory that cannot be shared.
+    *calls* are the eventfds that interrupt for each queue, which stay their owner's;
+    *signal_config* interrupts for the config space.  *give_up* is asked whether to wait
+    no longer for the back-end.  Otherwise as `DeviceRunner`.  Raises ValueError for
+    memory that cannot be shared.
     """
 
     def __init__(
         self,
         device: ExternalDevice,
+        transport: RegisterTransport,
         memory: GuestMemory,
+        calls: Sequence[int],
+        signal_config: Callable[[], None],
         report: Callable[[str], None],
         give_up: Callable[[], bool] = lambda: False,
-        interrupt_fd: int | None = None,
     ) -> None:
+        check_shareable(memory)
         self.device = device
-        self.transport = MmioTransport(device, note=False)
         self.queues = device.queues()
-        self.interrupt = EventfdInterrupt(self.transport.used_buffer, interrupt_fd)
-        try:
-            check_shareable(memory)
-        except ValueError:
-            self.interrupt.close()
-            raise
+        self._transport = transport
+        self._calls = calls
+        self._signal_config = signal_config
         self.kicks = [EventfdKick() for _ in self.queues]
         self.counters: tuple[QueueCounters, ...] = ()
         """None: the queues' work is not seen here."""
@@ -210,17 +212,8 @@ class ExternalDeviceRunner:
             device.front_end.give_up = self._hurried
             self._watch(device.front_end)
 
-    def read(self, offset: int, size: int) -> bytes:
-        """The driver reads *size* bytes of the registers at *offset*."""
-        return self.transport.read(offset, size)
-
-    def write(self, offset: int, data: bytes) -> None:
-        """The driver writes *data* to the registers at *offset*; done when this returns."""
-        effect = self.transport.write(offset, data)
-        if effect is not None:
-            self._apply(effect)
-
-    def _apply(self, effect: Effect) -> None:
+    def apply(self, effect: Effect) -> None:
+        """Do what the driver has asked for; done when this returns."""
         with self._lock:
             match effect:
                 case Notify(index):
@@ -228,23 +221,23 @@ class ExternalDeviceRunner:
                 case DriverReady():
                     self._start_all()
                 case QueueReady(layout):
-                    if self.transport.status & Status.DRIVER_OK:
+                    if self._transport.status & Status.DRIVER_OK:
                         self._start([layout])
                 case QueueStop(index):
                     self._stop([index])
-                    self.transport.queue_stopped(index)
+                    self._transport.queue_stopped(index)
                 case Reset():
                     self._reset()
-                    self.transport.reset_done()
+                    self._transport.reset_done()
 
     def _start_all(self) -> None:
         try:
             front_end = self._reach()
-            front_end.share(self._memory, self.transport.features)
+            front_end.share(self._memory, self._transport.features)
         except BackEndError as error:
             self._unreachable(error)
             return
-        self._start(self.transport.layouts)
+        self._start(self._transport.layouts)
 
     def _start(self, layouts: list[QueueLayout]) -> None:
         front_end = self.device.front_end
@@ -252,7 +245,7 @@ class ExternalDeviceRunner:
             return
         try:
             for layout in layouts:
-                front_end.start_queue(layout, self.kicks[layout.index].fd, self.interrupt.fd)
+                front_end.start_queue(layout, self.kicks[layout.index].fd, self._calls[layout.index])
                 self._running[layout.index] = layout
                 # Not every back-end looks at a ring before its first kick (T8).
                 self.kicks[layout.index].signal()
@@ -314,8 +307,8 @@ class ExternalDeviceRunner:
         if self.failure:
             return
         self.failure = without_frames(error)
-        self.transport.fail()
-        self.interrupt.signal_config()
+        self._transport.fail()
+        self._signal_config()
         self._report(f"{self.device.name}: {describe(error)}; the device has stopped until it is reset")
 
     def _lost(self, front_end: FrontEnd, error: BackEndError) -> None:
@@ -341,7 +334,7 @@ class ExternalDeviceRunner:
     def _retry(self) -> None:
         while not self._closing.wait(RETRY_SECONDS):
             with self._lock:
-                wanted = self.transport.status & Status.DRIVER_OK and not self.failure
+                wanted = self._transport.status & Status.DRIVER_OK and not self.failure
                 if not wanted or self._closing.is_set():
                     self._retrying = False
                     return
@@ -393,9 +386,9 @@ class ExternalDeviceRunner:
 
     def _config_changed(self) -> None:
         self.device.config_changed()
-        if self.transport.status & Status.DRIVER_OK:
-            self.transport.config_changed()
-            self.interrupt.signal_config()
+        if self._transport.status & Status.DRIVER_OK:
+            self._transport.config_changed()
+            self._signal_config()
 
     def finish(self, give_up: Callable[[], bool]) -> None:
         """Let the back-end serve what the driver has made available; *give_up* is asked now and then."""
@@ -437,5 +430,40 @@ class ExternalDeviceRunner:
             thread.join()
         for kick in self.kicks:
             kick.close()
-        self.interrupt.close()
 
+
+class ExternalDeviceRunner(ExternalRunner):
+    """That behind virtio-mmio registers, as `MmioDeviceRunner` with one interrupt for all queues."""
+
+    def __init__(
+        self,
+        device: ExternalDevice,
+        memory: GuestMemory,
+        report: Callable[[str], None],
+        give_up: Callable[[], bool] = lambda: False,
+        interrupt_fd: int | None = None,
+    ) -> None:
+        self.transport = MmioTransport(device, note=False)
+        self.interrupt = EventfdInterrupt(self.transport.used_buffer, interrupt_fd)
+        calls = [self.interrupt.fd] * len(device.queues())
+        try:
+            super().__init__(
+                device, self.transport, memory, calls, self.interrupt.signal_config, report, give_up
+            )
+        except BaseException:
+            self.interrupt.close()
+            raise
+
+    def read(self, offset: int, size: int) -> bytes:
+        """The driver reads *size* bytes of the registers at *offset*."""
+        return self.transport.read(offset, size)
+
+    def write(self, offset: int, data: bytes) -> None:
+        """The driver writes *data* to the registers at *offset*; done when this returns."""
+        effect = self.transport.write(offset, data)
+        if effect is not None:
+            self.apply(effect)
+
+    def close(self) -> None:
+        super().close()
+        self.interrupt.close()
