@@ -77,9 +77,9 @@ class NestedKvm(Linux):
             "-append", "console=ttyS0 loglevel=1 mitigations=off",
         ])  # fmt: skip
 
-    def launch(self, words: str, seconds: float = LAUNCH_PATIENCE) -> Answer:
+    def launch(self, words: str, program: str = "-m lguestlib", seconds: float = LAUNCH_PATIENCE) -> Answer:
         """What `python -m lguestlib` with these *words* of a shell's shows in there, and its exit status."""
-        return self.command(f"PYTHONPATH=/lguestlib {_interpreter()} -m lguestlib {words}", seconds)
+        return self.command(f"PYTHONPATH=/lguestlib {_interpreter()} {program} {words}", seconds)
 
 
 def _interpreter() -> str:

@@ -93,21 +93,25 @@ examples:
   run --trace trace.json --exec ping   open the file in ui.perfetto.dev
   run 64 vmlinux --tunnet=192.168.19.1 --block=rootfile root=/dev/vda    on lguest, or kvm
   run 64 vmlinux -- -x --y=z           words with dashes for the kernel
-  run --hypervisor uml                 User-mode Linux: a busybox shell, the network configured
+  run --linux                          this host's own Linux on kvm: a busybox shell, the network configured
+  run --linux --cpus 2 --exec 'cat /proc/interrupts; ping -c 1 192.168.19.1'
+  run 512 /boot/vmlinuz --initrd /boot/initrd.img --block disk.img root=/dev/vda
+  run --hypervisor uml                 User-mode Linux: the same without kvm
   run --hypervisor uml --exec 'cat /proc/version; ping -c 1 192.168.19.1'
   run --hypervisor uml --root disk.img  the system that is on a disk
 
 Devices appear on the bus in the order given, the console last.  The built-in guest
 gets what is not named too: a private network, a scratch disk, rng.  A kernel gets all
-three if no device is named.  User-mode Linux gets a network and a disk, is KERNEL if that
-is named, and without --initrd has the host's static busybox for a user space.
+three if no device is named, and so does --linux.  User-mode Linux gets a network and a disk,
+and is KERNEL if that is named.  Either Linux has the host's static busybox for a user space if
+no --initrd is named.
 
 ^C goes to the guest; three within a second end the launcher, and so do SIGINT, SIGTERM,
 SIGHUP and SIGQUIT, and a console whose output nobody takes.  At the end of its input
 the guest runs on.
 
-exit status: the guest's verdict, 0 or 1 for the built-in one, its shell's in User-mode
-Linux (any guest there writes it to /proc/exitcode); 1 if something failed;
+exit status: the guest's verdict, 0 or 1 for the built-in one, its shell's with --linux and in
+User-mode Linux (any guest there writes it to /proc/exitcode, here to /dev/ttyS1); 1 if something failed;
 2 for a wrong command line; 130 after ^C, 128 and its number after a signal.
 """
 
@@ -389,7 +393,7 @@ def _run(words: list[str]) -> int:
     _machine_options(parser)
     parser.add_argument(
         "--memory", type=_memory, metavar="MIB",
-        help=f"guest memory in MiB (default {MEMORY // MEBIBYTE}; uml: {LINUX_MEMORY // MEBIBYTE})",
+        help=f"guest memory in MiB (default {MEMORY // MEBIBYTE}; --linux and uml: {LINUX_MEMORY // MEBIBYTE})",
     )
     parser.add_argument(
         "--block", dest="devices", action=_AppendDevice, type=_disk,
@@ -420,7 +424,7 @@ def _run(words: list[str]) -> int:
     parser.add_argument(
         "--exec", dest="commands", type=os.fsencode, metavar="'CMD; CMD'",
         help="type these at the guest's prompts, then switch it off; KERNEL gets them at once, and no more;"
-        " with uml its shell runs them",
+        " with --linux and uml a shell runs them",
     )  # fmt: skip
     parser.add_argument(
         "--verbose", action="store_true",

@@ -51,11 +51,37 @@ class Host(NamedTuple):
     machine: NestedKvm
     initrd: Path
     garbage: Path
+    counting: Path
     vmlinux: Path | None
 
-    def launch(self, words: str) -> Answer:
-        """What the launcher shows there, and its exit status."""
-        return self.machine.launch(words)
+    def launch(self, words: str, program: str = "-m lguestlib") -> Answer:
+        """What the launcher, or another *program* of Python's, shows there, and its exit status."""
+        return self.machine.launch(words, program)
+
+
+COUNTING = """
+import sys
+from lguestlib.runtime.backend.script import typed_ahead
+from lguestlib.runtime.backend.terminal import Terminal
+from lguestlib.runtime.launcher import Launcher
+from lguestlib.runtime.options import LINUX_MEMORY, MachineOptions
+
+def say(line):
+    pass
+
+def hung_up(error):
+    pass
+
+machines = []
+options = MachineOptions("kvm", LINUX_MEMORY, script=sys.argv[1].encode(), linux=True)
+with typed_ahead([]) as fd, Launcher(options, Terminal(fd, 1, lambda: None, hung_up), say) as launcher:
+    def booted(machine):
+        machines.append((machine, machine.runners[0].counters))
+    launcher.run(booted)
+[(machine, counters)] = machines
+print(machine.exits, sum(each.kicks for each in counters), sum(each.interrupts for each in counters))
+"""
+"""Runs a script in a Linux, and tells of its network's queues and of its processor."""
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +99,11 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     has_vmlinux = LONG and shutil.which("unlz4") is not None
     if has_vmlinux:
         vmlinux.write_bytes(_vmlinux(kernel))
-    files = [initrd, garbage, *([vmlinux] if has_vmlinux else [])]
+    counting = folder / "counting.py"
+    counting.write_text(COUNTING)
+    files = [initrd, garbage, counting, *([vmlinux] if has_vmlinux else [])]
     with NestedKvm(folder, files=files) as machine:
-        yield Host(machine, initrd, garbage, vmlinux if has_vmlinux else None)
+        yield Host(machine, initrd, garbage, counting, vmlinux if has_vmlinux else None)
 
 
 def _vmlinux(kernel: Path) -> bytes:
@@ -210,6 +238,20 @@ def test_pings_from_a_real_linux_are_the_seeds_calls(host: Host) -> None:
         ("read", "kick"), ("writev", "tap"), ("readv", "tap"), ("write", "interrupt"), ("write", "interrupt"),
     ])  # fmt: skip
     assert seed in calls, calls
+
+
+def test_on_the_data_path_no_processor_leaves_the_guest(host: Host) -> None:
+    only_long()
+    runs = []
+    for count in (10, 310):
+        script = f"ping -q -A -c {count} 192.168.19.1 >/dev/null"
+        shown, status = host.launch(quoted(script), program=str(host.counting))
+        assert status == 0, shown
+        exits, kicks, interrupts = map(int, shown.split()[-3:])
+        runs.append((exits, kicks, interrupts))
+    (few_exits, few_kicks, few_interrupts), (exits, kicks, interrupts) = runs
+    assert kicks - few_kicks >= 250 and interrupts - few_interrupts >= 250, runs
+    assert abs(exits - few_exits) < 100, runs
 
 
 def test_what_cannot_be_is_one_line(host: Host) -> None:

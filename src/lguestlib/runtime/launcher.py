@@ -36,7 +36,7 @@ from lguestlib.runtime.machine import Outcome, Reboot, Stopped
 from lguestlib.runtime.mmio_machine import DEVICES_AT, DEVICES_MAX, MmioMachine
 from lguestlib.runtime.options import MEBIBYTE, HypervisorName, MachineOptions, TransportName, VhostUserDisk
 from lguestlib.runtime.pc.host_kernel import HostKernel
-from lguestlib.runtime.pc.machine import PcMachine, pc_memory
+from lguestlib.runtime.pc.machine import MEMORY_MAX, PcMachine, pc_memory
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.uml.kernel import UmlKernel
 from lguestlib.runtime.uml.machine import UmlMachine
@@ -411,7 +411,7 @@ def _check_memory(size: int, hypervisor: HypervisorName | Literal["pc"]) -> None
     least = UML_MEMORY_MIN if hypervisor == "uml" else MEMORY_MIN
     if size < least:
         raise LaunchError(f"{given}: at least {least // MEBIBYTE} MiB are needed")
-    most = {"uml": sys.maxsize, "pc": sys.maxsize, "lguest": LGUEST_MEMORY_MAX}.get(hypervisor, DEVICES_AT)
+    most = {"uml": sys.maxsize, "pc": MEMORY_MAX, "lguest": LGUEST_MEMORY_MAX}.get(hypervisor, DEVICES_AT)
     if size > most:
         raise LaunchError(f"{given}: at most {most // MEBIBYTE} MiB fit below the devices")
     held = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

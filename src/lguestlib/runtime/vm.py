@@ -190,6 +190,8 @@ class Vcpu:
         self._fd = fd
         self.shared = mmap.mmap(fd, size)
         self.state = abi.kvm_run.from_buffer(self.shared)
+        self.exits = 0
+        """How often it has left the guest because of something to tell."""
 
     def run(self) -> int | None:
         """Run until KVM has something to tell: its KVM_EXIT_; None where a signal came first.
@@ -200,6 +202,7 @@ class Vcpu:
             ioctl(self._fd, abi.KVM_RUN, 0, "KVM_RUN")
         except (InterruptedError, BlockingIOError):
             return None
+        self.exits += 1
         return self.state.exit_reason
 
     def leave(self) -> None:

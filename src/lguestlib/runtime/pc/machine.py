@@ -63,6 +63,9 @@ ECAM = GuestRange(GuestAddress(0xE000_0000), ECAM_SIZE)
 HIGH_BARS = GuestRange(GuestAddress(1 << 38), 1 << 36)
 """Where devices are: by PCI, by virtio-mmio, their configuration; and where the guest may put them."""
 
+MEMORY_MAX = LOW_MEMORY_MAX + HIGH_BARS.start - HIGH_MEMORY_AT
+"""Bytes of memory that fit between all that."""
+
 FIRMWARE = GuestRange(GuestAddress(0xE0000), 0x20000)
 """Where the ACPI tables are, below 1 MiB, where a kernel looks that has not been told."""
 
@@ -143,6 +146,7 @@ class PcMachine(Machine[PcRunner]):
             self._machine.set_routes({})
             self._doorbell_length = 0 if capability(kvm, abi.KVM_CAP_IOEVENTFD_ANY_LENGTH) > 0 else 2
             add_processors(self._machine, cpus)
+            self._processors = tuple(self._machine.vcpus)
         except BaseException:
             self._abandon()
             raise
@@ -151,6 +155,11 @@ class PcMachine(Machine[PcRunner]):
     def _vm(self) -> Vm:
         assert self._machine, "the machine is closed"
         return self._machine
+
+    @property
+    def exits(self) -> int:
+        """How often a processor has left the guest for something that user space does."""
+        return sum(processor.exits for processor in self._processors)
 
     def add(self, device: Device) -> PcRunner:
         """Put *device* on the bus, behind those before it.  Raises ValueError if it has no room."""
@@ -234,9 +243,11 @@ class PcMachine(Machine[PcRunner]):
         enter_long_mode(self._vm.vcpus[0], entry, parameters, mode)
 
     def _detach(self) -> None:
-        if self._machine:
-            self._machine.close()
-            self._machine = None
+        # A device of another process's may still have something to say.
+        with self._pin_lock:
+            machine, self._machine = self._machine, None
+        if machine:
+            machine.close()
 
     def _set_pin(self, slot: int, level: bool) -> None:
         """The function in *slot* asserts its pin or does not: its line is asserted while any function on it does."""
@@ -245,8 +256,8 @@ class PcMachine(Machine[PcRunner]):
             before = any(PCI_LINES[other] == line for other in self._pins)
             self._pins.add(slot) if level else self._pins.discard(slot)
             after = any(PCI_LINES[other] == line for other in self._pins)
-            if before != after:
-                self._vm.set_line(line, after)
+            if before != after and self._machine:
+                self._machine.set_line(line, after)
 
     def _pulse(self, line: int) -> None:
         self._vm.set_line(line, True)
