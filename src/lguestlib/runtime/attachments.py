@@ -171,8 +171,8 @@ def attach(option: DeviceOption, say: Say, tracer: Tracer | None) -> Attachment:
             return DiskAttachment(_open_disk(option, tracer), option.queues, option.aio)
         case VhostUserDisk(path):
             return ExternalDiskAttachment(_reach(path))
-        case ScratchDisk(size):
-            return DiskAttachment(FileDisk.scratch(size, tracer))
+        case ScratchDisk(size, queues):
+            return DiskAttachment(FileDisk.scratch(size, tracer), queues)
         case Randomness():
             return EntropyAttachment()
         case HostNetwork(address, mac):

@@ -3,6 +3,8 @@
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
+from typing import NamedTuple
 
 from lguestlib.abi.bootparam import setup_header
 from lguestlib.memory.image.file import open_image
@@ -78,22 +80,24 @@ def load_lguest_kernel(machine: LguestMachine, kernel: str, initrd: str | None, 
         machine.boot(image, ramdisk, os.fsencode(command_line))
 
 
-def is_pc_kernel(kernel: str) -> bool:
-    """Whether at path *kernel* there is a bzImage or a 64-bit kernel."""
-    try:
-        with _opened(kernel, None) as (image, _):
-            return image.setup is not None or image.bits == 64
-    except ImageError:
-        return False
+class KernelKind(NamedTuple):
+    """What there is to know of a kernel before it is loaded: whether it is a 32-bit one, and whether it wants a PC."""
+
+    is_32_bit: bool
+    wants_pc: bool
 
 
-def is_32_bit_kernel(kernel: str) -> bool:
-    """Whether there is a 32-bit kernel at path *kernel*."""
+@lru_cache(maxsize=1)
+def kernel_kind(kernel: str) -> KernelKind:
+    """The kind of the kernel at path *kernel*: a PC is for a bzImage and for 64 bits.  Neither for what is no kernel.
+
+    Asked for again it is known: to unpack one that is compressed takes its time.
+    """
     try:
         with _opened(kernel, None) as (image, _):
-            return is_32_bit(image)
+            return KernelKind(is_32_bit(image), image.setup is not None or image.bits == 64)
     except ImageError:
-        return False
+        return KernelKind(False, False)
 
 
 @contextmanager

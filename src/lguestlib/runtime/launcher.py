@@ -5,6 +5,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from typing import Literal, Self
 
 from lguestlib.abi.virtio_ids import VIRTIO_ID_BLOCK
@@ -21,20 +22,23 @@ from lguestlib.runtime.gil import SWITCH_INTERVAL
 from lguestlib.runtime.inprocess.machine import InprocessMachine
 from lguestlib.runtime.inprocess.shell import shell
 from lguestlib.runtime.kvm import KvmMachine
-from lguestlib.runtime.kernel import (
-    is_32_bit_kernel,
-    is_pc_kernel,
-    load_kernel,
-    load_lguest_kernel,
-    load_pc_kernel,
-)
+from lguestlib.runtime.kernel import kernel_kind, load_kernel, load_lguest_kernel, load_pc_kernel
 from lguestlib.runtime.lguest.file import DEVICE as LGUEST
 from lguestlib.runtime.lguest.file import DevLguest, LguestUnusable
 from lguestlib.runtime.lguest.machine import LguestMachine
 from lguestlib.runtime.lguest.runner import LguestDeviceRunner
 from lguestlib.runtime.machine import Outcome, Reboot, Stopped
 from lguestlib.runtime.mmio_machine import DEVICES_AT, DEVICES_MAX, MmioMachine
-from lguestlib.runtime.options import MEBIBYTE, HypervisorName, MachineOptions, TransportName, VhostUserDisk
+from lguestlib.runtime.options import (
+    MEBIBYTE,
+    DeviceOption,
+    DiskImage,
+    HypervisorName,
+    MachineOptions,
+    ScratchDisk,
+    TransportName,
+    VhostUserDisk,
+)
 from lguestlib.runtime.pc.host_kernel import HostKernel
 from lguestlib.runtime.pc.machine import MEMORY_MAX, PcMachine, pc_memory
 from lguestlib.runtime.trace import Tracer
@@ -47,6 +51,9 @@ from lguestlib.virtio.lguest import BusFull
 from lguestlib.virtio.pci.bus import DEVICES_MAX as BUS_MAX
 
 MEMORY_MIN = 4 * MEBIBYTE
+
+QUEUES_MAX = 64
+"""Of a disk, each with a thread of its own."""
 
 EARLY_CONSOLE_WORDS = ("earlyprintk=ttyS0", "console=hvc0")
 """What makes a kernel show its messages: on the serial port, until the console is there."""
@@ -92,7 +99,7 @@ class Launcher:
         self._attachments: list[Attachment] = []
         with ExitStack() as opened:
             for option in options.devices:
-                attachment = attach(option, self._notes.append, tracer)
+                attachment = attach(_with_queues(option, options.cpus), self._notes.append, tracer)
                 opened.callback(attachment.close)
                 self._attachments.append(attachment)
             self._attachments.append(ConsoleAttachment(terminal))
@@ -340,7 +347,7 @@ def choose_hypervisor(options: MachineOptions, say: Say) -> HypervisorName:
         _check_lguest(options)
         return "lguest"
     lguest = ""
-    if options.hypervisor == "auto" and options.kernel is not None and is_32_bit_kernel(options.kernel):
+    if options.hypervisor == "auto" and options.kernel is not None and kernel_kind(options.kernel).is_32_bit:
         try:
             _check_lguest(options)
         except LaunchError as error:
@@ -386,6 +393,13 @@ def _placed(runner: LguestDeviceRunner) -> str:
     )
 
 
+def _with_queues(option: DeviceOption, cpus: int) -> DeviceOption:
+    """A disk with a queue for each processor, if its *option* asks for no more than one."""
+    if isinstance(option, DiskImage | ScratchDisk) and option.queues == 1:
+        return replace(option, queues=min(cpus, QUEUES_MAX))
+    return option
+
+
 def _console_words(arguments: Sequence[str]) -> Sequence[str]:
     """What a kernel's command line lacks to be seen."""
     return () if any(word.startswith("console=") for word in arguments) else EARLY_CONSOLE_WORDS
@@ -393,7 +407,7 @@ def _console_words(arguments: Sequence[str]) -> Sequence[str]:
 
 def is_pc_guest(options: MachineOptions) -> bool:
     """Whether the guest is to have a PC: Linux wants one, and a small program of 32 bits does not, but by PCI."""
-    return options.linux or options.transport == "pci" or options.kernel is not None and is_pc_kernel(options.kernel)
+    return options.linux or options.transport == "pci" or options.kernel is not None and kernel_kind(options.kernel).wants_pc
 
 
 def _check_pc_options(options: MachineOptions, is_pc: bool) -> None:

@@ -42,9 +42,10 @@ class VhostUserDisk:
 
 @dataclass(frozen=True)
 class ScratchDisk:
-    """An empty disk in memory, of *size* bytes."""
+    """An empty disk in memory, of *size* bytes, with so many *queues*."""
 
     size: int = SCRATCH_SIZE
+    queues: int = 1
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ class MachineOptions:
     Linux without *initrd* has a shell, which is *script*'s if that is not None.
     *verbose*: tell where a guest on lguest finds its devices.  *linux*: without *kernel* the
     host's own Linux runs, on KVM, otherwise as User-mode Linux does.  *cpus* and *transport*
-    are for guests on KVM; by default a Linux finds its devices by PCI.
+    are for guests on KVM; by default a Linux finds its devices by PCI.  A disk gets as many
+    queues as there are processors, if it is not said otherwise.
     """
 
     hypervisor: HypervisorName = "auto"

@@ -27,7 +27,7 @@ COMMON_SIZE = size_of(abi.virtio_pci_common_cfg) + 8
 class _Register(NamedTuple):
     size: int
     read: Callable[[], int] | None
-    write: Callable[[int], Sequence[PciEffect]] | None
+    write: Callable[[int], Sequence[PciEffect] | None] | None
 
 
 class PciTransport(RegisterTransport):
@@ -76,7 +76,7 @@ class PciTransport(RegisterTransport):
         if self._resetting and offset != _STATUS:
             self.refused += 1
             return ()
-        return register.write(int.from_bytes(data, "little"))
+        return register.write(int.from_bytes(data, "little")) or ()
 
     def read_config(self, offset: int, size: int) -> bytes:
         """*size* bytes of the device's config space at *offset*, zeros past its end."""
@@ -112,22 +112,17 @@ class PciTransport(RegisterTransport):
         def at(field: str) -> int:
             return offset_of(abi.virtio_pci_common_cfg, field)
 
-        quietly = partial(partial, _quietly)
         registers = {
-            at("device_feature_select"): _Register(
-                4, lambda: self._device_page, quietly(self._select_device_page)
-            ),
+            at("device_feature_select"): _Register(4, lambda: self._device_page, self._select_device_page),
             at("device_feature"): _Register(4, self._device_features, None),
-            at("guest_feature_select"): _Register(
-                4, lambda: self._driver_page, quietly(self._select_driver_page)
-            ),
-            at("guest_feature"): _Register(4, self._accepted_features, quietly(self._driver_features)),
+            at("guest_feature_select"): _Register(4, lambda: self._driver_page, self._select_driver_page),
+            at("guest_feature"): _Register(4, self._accepted_features, self._driver_features),
             at("msix_config"): _Register(2, partial(self._vector, CONFIG), partial(self._assign, CONFIG)),
             at("num_queues"): _Register(2, lambda: len(self._queues), None),
             _STATUS: _Register(1, lambda: int(self.status), self._write_status),
             at("config_generation"): _Register(1, self._config_generation, None),
-            at("queue_select"): _Register(2, lambda: self._selected, quietly(self._select_queue)),
-            at("queue_size"): _Register(2, self._queue_size, quietly(self._queue_num)),
+            at("queue_select"): _Register(2, lambda: self._selected, self._select_queue),
+            at("queue_size"): _Register(2, self._queue_size, self._queue_num),
             at("queue_msix_vector"): _Register(2, self._queue_vector, self._assign_queue),
             at("queue_enable"): _Register(2, self._queue_ready, self._write_enable),
             at("queue_notify_off"): _Register(2, self._notify_off, None),
@@ -135,7 +130,7 @@ class PciTransport(RegisterTransport):
         for name, part in (("desc", DESCRIPTORS), ("avail", AVAILABLE), ("used", USED)):
             for half, high in (("lo", False), ("hi", True)):
                 registers[at(f"queue_{name}_{half}")] = _Register(
-                    4, partial(self._address, part, high), quietly(partial(self._set_address, part, high))
+                    4, partial(self._address, part, high), partial(self._set_address, part, high)
                 )
         if self.offered & RING_RESET:
             registers[abi.VIRTIO_PCI_COMMON_Q_RESET] = _Register(2, self._queue_resetting, self._reset_queue)
@@ -209,8 +204,3 @@ _STATUS = offset_of(abi.virtio_pci_common_cfg, "device_status")
 
 def _some(effect: PciEffect | None) -> Sequence[PciEffect]:
     return () if effect is None else (effect,)
-
-
-def _quietly(write: Callable[[int], None], value: int) -> Sequence[PciEffect]:
-    write(value)
-    return ()
