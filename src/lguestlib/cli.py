@@ -93,7 +93,7 @@ examples:
   run --trace trace.json --exec ping   open the file in ui.perfetto.dev
   run 64 vmlinux --tunnet=192.168.19.1 --block=rootfile root=/dev/vda    on lguest, or kvm
   run 64 vmlinux -- -x --y=z           words with dashes for the kernel
-  run --linux                          this host's own Linux on kvm: a busybox shell, the network configured
+  run --linux                          this host's own Linux on kvm: a busybox shell
   run --linux --cpus 2 --exec 'cat /proc/interrupts; ping -c 1 192.168.19.1'
   run 512 /boot/vmlinuz --initrd /boot/initrd.img --block disk.img root=/dev/vda
   run --hypervisor uml                 User-mode Linux: the same without kvm
@@ -111,8 +111,9 @@ SIGHUP and SIGQUIT, and a console whose output nobody takes.  At the end of its 
 the guest runs on.
 
 exit status: the guest's verdict, 0 or 1 for the built-in one, its shell's with --linux and in
-User-mode Linux (any guest there writes it to /proc/exitcode, here to /dev/ttyS1); 1 if something failed;
-2 for a wrong command line; 130 after ^C, 128 and its number after a signal.
+User-mode Linux (any guest there writes it to /proc/exitcode, one on kvm to /dev/ttyS1);
+1 if something failed; 2 for a wrong command line; 130 after ^C, 128 and its number after a
+signal.
 """
 
 _SERVE = """\
