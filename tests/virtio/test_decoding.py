@@ -368,7 +368,7 @@ def test_random_rings(regions: str, size: int) -> None:
         for _ in range(4 * size):
             guest.change()
         turn = 0
-        while chains < 25_000:
+        while chains < 8_000:
             turn += 1
             for _ in range(turn % 3):
                 guest.change()
