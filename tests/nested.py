@@ -42,7 +42,8 @@ print(json.dumps(sorted({module.__file__ for module in sys.modules.values() if g
 """
 
 
-LAUNCH_PATIENCE = 120.0
+LAUNCH_PATIENCE = 300.0
+"""Seconds: two boots of a nested guest on a host that has much else to do."""
 
 
 class NestedKvm(Linux):
