@@ -66,6 +66,9 @@ class Copy:
         found = _FOUND.search(output)
         if found:
             return Outcome(found[1])
+        if -process.returncode in (signal.SIGKILL, signal.SIGXCPU):
+            # Of processor time, the limit may come first.
+            return Outcome("no end", True)
         if process.returncode < 0:
             return Outcome(f"ended by signal {-process.returncode}", True)
         if process.returncode in (4, 5) or "Traceback" not in output:
