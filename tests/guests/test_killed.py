@@ -2,7 +2,7 @@
 
 QEMU connects to the next one by itself and hands over what was in flight.  One guest
 has a disk of each manner of serving, with a file system or a verifying load at work on
-each at once.  Six times; with LGUESTLIB_LONG=1, 20.
+each at once.  Five times; with LGUESTLIB_LONG=1, 20.
 
 SIGKILL comes at any moment, or from strace as a thread enters a call that serves a
 request, which is in flight then for certain.
@@ -26,7 +26,7 @@ from linux import Qemu, SocketDevice
 from sessions import Session, check_clean
 from uring import uring_or_skip
 
-KILLS = 20 if LONG else 6
+KILLS = 20 if LONG else 5
 FILES = 4
 PATIENCE = 60.0
 

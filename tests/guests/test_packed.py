@@ -1,7 +1,7 @@
 """Packed rings under real drivers: disks and a network card, in QEMU where it is asked for, and in User-mode Linux.
 
 QEMU offers its guest what it is told to (packed=on); User-mode Linux takes what is offered.
-With LGUESTLIB_LONG=1 there is four times as much to write, and another reboot.
+With LGUESTLIB_LONG=1 there is four times as much to write, another reboot, and User-mode Linux.
 """
 
 import re
@@ -18,7 +18,7 @@ from sessions import Namespace
 
 from lguestlib.abi.virtio_config import VIRTIO_F_RING_PACKED
 
-KINDS = {"uml": UserModeLinux, "qemu": Qemu}
+KINDS: dict[str, type[UserModeLinux] | type[Qemu]] = {"qemu": Qemu} | ({"uml": UserModeLinux} if LONG else {})
 SIZE = 32 * MIB
 PIECES = {"4k": 4 * MIB, "64k": 4 * MIB, "1M": 8 * MIB} if LONG else {"4k": MIB, "64k": MIB, "1M": 2 * MIB}
 """What goes to a disk in pieces of each size, in bytes."""
