@@ -125,6 +125,20 @@ HEADERS = {
     "poll": Header(("asm/poll.h",), unsigned_here=frozenset({"pollfd.events", "pollfd.revents"})),
     "prctl": Header(("linux/prctl.h",), spelled={"NAME_SIZE": "16"}),  # TASK_COMM_LEN, linux/sched.h
     "sched": Header(("linux/sched.h",)),
+    "sigaction": Header(
+        ("signal.h",),
+        text="""
+            struct siginfo_fault {
+                int si_signo, si_errno, si_code;
+                void *address;
+            };
+            _Static_assert(
+                __builtin_offsetof(struct siginfo_fault, address) == __builtin_offsetof(siginfo_t, si_addr)
+                && __builtin_offsetof(struct siginfo_fault, si_code) == __builtin_offsetof(siginfo_t, si_code),
+                "siginfo_t");
+        """,
+        spelled={"siginfo_fault.si_addr": "address"},
+    ),
     "signals": Header(("asm/unistd.h",), spelled={"INTERRUPT": "34 + 5"}),  # glibc's SIGRTMIN
     "tun": Header(("linux/ioctl.h", "linux/if_tun.h"), newer={"TUN_F_USO4": 0x20, "TUN_F_USO6": 0x40}),
     "uio": Header(("linux/uio.h",)),

@@ -44,6 +44,8 @@ calls = {{
     "ioctl": lambda: abi.ioctl.ioctl(0, 0, 0, "NOTHING"),
     "syscall": lambda: abi.membarrier.membarrier(0),
     "mprotect": lambda: abi.mmap.mprotect(0, 4096, 0),
+    "mmap": lambda: abi.mmap.replace_pages(0, 4096),
+    "sigaction": lambda: abi.sigaction.get_action(7),
     "prctl": lambda: abi.prctl.name_thread("x"),
     "unshare": lambda: abi.sched.unshare(0),
     "signal": abi.signals.install_interrupt_handler,

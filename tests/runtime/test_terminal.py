@@ -8,7 +8,7 @@ import struct
 import termios
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 from runtime.rigs import nothing_left, write_all
@@ -186,6 +186,21 @@ def test_a_reader_that_has_gone_is_told_of_once_and_output_dropped(desk: Desk) -
     desk.write(b"one")
     desk.write(b"two")
     assert desk.hangups == [errno.EPIPE]
+
+
+def test_t13_memory_that_is_not_there_any_more_is_neither_an_end_nor_a_hang_up(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(fd: int, buffers: Sequence[memoryview]) -> int:
+        raise OSError(errno.EFAULT, "Bad address")
+
+    monkeypatch.setattr(uio, "readv", gone)
+    monkeypatch.setattr(uio, "writev", gone)
+    with pytest.raises(OSError, match="Bad address"):
+        desk.read()
+    with pytest.raises(OSError, match="Bad address"):
+        desk.write(b"words")
+    assert desk.hangups == []
 
 
 def test_calls_are_traced_with_their_roles() -> None:

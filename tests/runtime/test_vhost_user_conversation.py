@@ -189,6 +189,14 @@ class Load:
         assert not self._thread.is_alive()
         return self.done
 
+    def abandon(self) -> None:
+        """The device has gone: send no more, and wait for nothing."""
+        self._ending = True
+        with self.lock:
+            self._numbers.clear()
+        self._thread.join(2 * PATIENCE)
+        assert not self._thread.is_alive()
+
 
 class Once:
     """The echo's service, which notes every request: each once and in order, on every ring."""

@@ -161,9 +161,11 @@ class FrontEnd:
     Its memory outlives `disconnect`, for the next `connect`.
     """
 
-    def __init__(self, path: str, size: int = MEMORY, name: str = "front-end") -> None:
+    def __init__(
+        self, path: str, size: int = MEMORY, name: str = "front-end", shared: Region | None = None
+    ) -> None:
         self.path = path
-        self.memory = GuestMemory([Region.memfd(GuestAddress(GUEST), size, name)])
+        self.memory = GuestMemory([shared or Region.memfd(GuestAddress(GUEST), size, name)])
         self.memory_fd = self.memory.regions[0].fd
         self.rings: list[Ring] = []
         self.features = FEATURES

@@ -10,7 +10,7 @@ from lguestlib.abi.futex import set_all_bits, set_bit
 from lguestlib.abi.mmap import address_of
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.fence import new_fence
-from lguestlib.memory.mapping import map_shared
+from lguestlib.memory.mapping import OnLost, map_shared, nobody
 
 PAGE = 4096
 """Bytes a bit stands for (VHOST_LOG_PAGE)."""
@@ -31,16 +31,16 @@ class DirtyLog:
     """The log of *size* bytes at byte *offset* of the file *fd*, which stays the caller's.
 
     Any thread may mark, and so may other processes that share the log: no mark is
-    lost.  Raises ValueError for an offset that is no multiple of 4, and where the
-    file does not hold the log, because touching a page past its end would be a
-    SIGBUS (T13, T16); OSError where it cannot be mapped for writing (EACCES).
+    lost.  *on_lost* is told, once, when the file is found to have become shorter.
+    Raises ValueError for an offset that is no multiple of 4, and where the file does
+    not hold the log (T13, T16); OSError where it cannot be mapped for writing (EACCES).
     """
 
-    def __init__(self, fd: int, size: int, offset: int = 0) -> None:
+    def __init__(self, fd: int, size: int, offset: int = 0, on_lost: OnLost = nobody) -> None:
         if size <= 0 or offset % 4:
             raise ValueError(f"dirty log: {size:#x} bytes at offset {offset:#x}")
         self.size = size
-        self._mapping, skip = map_shared(fd, size, offset, "dirty log: ")
+        self._mapping, skip = map_shared(fd, size, offset, "dirty log: ", on_lost)
         with memoryview(self._mapping) as whole:
             self._bytes = whole[skip:]
         self._address = address_of(self._bytes)
@@ -54,7 +54,7 @@ class DirtyLog:
 
         A length of 0 marks nothing (CVE-2019-14835).  Raises DirtyLogError, with
         nothing marked, where the log does not reach; OSError (ENOSYS) where there
-        is no futex(2); ValueError once closed.
+        is no futex(2), EFAULT where the log has gone; ValueError once closed.
         """
         self.mark_all([(address, length)])
 

@@ -8,7 +8,7 @@ from typing import Self
 from lguestlib.abi import memfd as abi_memfd
 from lguestlib.abi.mmap import MAP_32BIT, MAP_ANONYMOUS, MAP_PRIVATE, PROT_NONE, address_of, mprotect
 from lguestlib.memory.address import GuestAddress, HostAddress
-from lguestlib.memory.mapping import map_shared
+from lguestlib.memory.mapping import OnLost, map_shared, nobody
 
 _TOP = 1 << 64
 
@@ -71,15 +71,19 @@ class Region:
             raise
 
     @classmethod
-    def from_fd(cls, base: GuestAddress, size: int, fd: int, offset: int = 0) -> Self:
+    def from_fd(
+        cls, base: GuestAddress, size: int, fd: int, offset: int = 0, on_lost: OnLost = nobody
+    ) -> Self:
         """Shared memory that is *size* bytes at byte *offset* of the file *fd*, page-aligned or not.
 
-        The descriptor stays the caller's.  Raises ValueError where the file does
-        not hold the range, because touching a page past its end would be a SIGBUS
-        (T13); OSError where it cannot be mapped for reading and writing (EACCES).
+        The descriptor stays the caller's.  Whoever makes the file shorter afterwards, where
+        it cannot be sealed against that, is found out when what has gone is touched: zeros
+        are there then, and *on_lost* is told, once.  Raises ValueError where the file does
+        not hold the range (T13); OSError where it cannot be mapped for reading and writing
+        (EACCES).
         """
         _check_range(base, size)
-        return cls(base, size, *map_shared(fd, size, offset, "memory region: "))
+        return cls(base, size, *map_shared(fd, size, offset, "memory region: ", on_lost))
 
     @property
     def end(self) -> GuestAddress:

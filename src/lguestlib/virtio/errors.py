@@ -13,6 +13,13 @@ class VirtioError(Exception):
     """Base of everything a driver or a device can be told it did wrong."""
 
 
+class MemoryGone(VirtioError):
+    """A system call has not found the guest memory it was given (EFAULT): it is not there any more (T13)."""
+
+    def __init__(self) -> None:
+        super().__init__("guest memory is not there any more")
+
+
 @dataclass(eq=False)
 class QueueError(VirtioError):
     """A virtqueue the other side has broken; *queue* is its index in the device."""

@@ -11,6 +11,7 @@ from virtio.devices.chains import UNTOUCHED, Request, all_cuts, only_its_own
 
 from lguestlib.abi import virtio_blk as abi
 from lguestlib.virtio.devices.block import NUM_QUEUES_MAX, SECTOR, SEGMENT_SECTORS_MAX, SEGMENTS_MAX, Block
+from lguestlib.virtio.errors import MemoryGone
 
 SECTORS = 8
 SIZE = SECTORS * SECTOR
@@ -260,6 +261,14 @@ def test_t24_flush_has_returned_before_its_status() -> None:
     assert disk.calls == [("flush", 0, 0)]
     disk.error = OSError(errno.EIO, "")
     assert ask(disk, FLUSH) == (IOERR, 1)
+
+
+@pytest.mark.parametrize("kind", [IN, OUT])
+def test_t13_memory_that_is_not_there_any_more_is_no_error_of_the_disk(kind: int) -> None:
+    disk = Disk()
+    disk.error = OSError(errno.EFAULT, "")
+    with pytest.raises(MemoryGone, match="not there any more"):
+        ask(disk, kind, 0, bytes(SECTOR) if kind == OUT else b"", SECTOR if kind == IN else 0)
 
 
 @pytest.mark.parametrize("room", [0, 1, 19, 20, 21, 512])

@@ -10,6 +10,7 @@ from virtio.devices.chains import UNTOUCHED, Request, all_cuts
 
 from lguestlib.abi import virtio_blk as abi
 from lguestlib.virtio.devices.block import SECTOR, Block
+from lguestlib.virtio.errors import MemoryGone
 from lguestlib.virtio.transfer import Operation, Transfer, Transfers
 
 SECTORS = 8
@@ -212,6 +213,13 @@ def test_t24_an_error_is_in_the_status(result: int, status: int) -> None:
         assert (request.writable[-1], request.chain.written) == (status, 1 if room == 1 else 0)
         assert set(request.writable[:-1]) <= {UNTOUCHED}
     assert disk.called == [], "a failed disk is not asked again"
+
+
+def test_t13_memory_that_is_not_there_any_more_is_no_error_of_the_disk() -> None:
+    for readable, room in ((header(IN), SECTOR + 1), (header(OUT) + bytes(SECTOR), 1)):
+        transfers, transfer = begun(Disk(), Request(readable, room))
+        with pytest.raises(MemoryGone):
+            transfers.finish(transfer, -errno.EFAULT)
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EAGAIN])

@@ -12,6 +12,7 @@ from lguestlib.abi.layout import offset_of
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import RING_FEATURES
 from lguestlib.virtio.devices.net import ETHERNET_SIZE, HEADER_SIZE, OFFERED_MAX, Net
+from lguestlib.virtio.errors import MemoryGone
 
 MAC = bytes.fromhex("0200005e0001")
 
@@ -141,6 +142,15 @@ def test_a_frame_the_network_refuses_is_lost_and_counted() -> None:
         network.error = OSError(number, "")
         assert device.serve_transmit(Request(bytes(60)).chain) == 0
     assert device.dropped == 5
+
+
+def test_t13_a_frame_that_is_not_there_any_more_is_not_the_networks_to_lose() -> None:
+    network = Network()
+    network.error = OSError(errno.EFAULT, "")
+    device = Net(network, MAC)
+    with pytest.raises(MemoryGone):
+        device.serve_transmit(Request(bytes(60)).chain)
+    assert device.dropped == 0
 
 
 def test_an_interrupted_call_loses_nothing() -> None:

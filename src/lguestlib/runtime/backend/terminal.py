@@ -78,6 +78,8 @@ class Terminal:
                     self._away = True
                     time.sleep(AWAY_SECONDS)
                     raise InterruptedError from None
+                if error.errno == errno.EFAULT:
+                    raise
                 # A terminal whose other end is gone (EIO), what nohup puts in its place (EBADF).
                 return 0
             self._watch_for_escape(length, buffers)
@@ -105,6 +107,8 @@ class Terminal:
             except BlockingIOError:
                 os.set_blocking(self._output_fd, True)
             except OSError as error:
+                if error.errno == errno.EFAULT:
+                    raise
                 self._hung_up = True
                 self._on_hangup(error)
         return sum(map(len, buffers))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lguestlib.abi import memfd, uio
 from lguestlib.abi import vhost_user as abi
 from lguestlib.abi.eventfd import SIGNAL, is_eventfd
+from lguestlib.memory.mapping import MappingLost
 from lguestlib.runtime.failure import describe
 from lguestlib.runtime.interrupt import has_room
 from lguestlib.runtime.vhost_user.rings import Rings, RingsLost, ServedRing
@@ -91,9 +92,20 @@ class Conversation:
             pass
         except Exception as error:
             if not self._ending:
-                self._report(f"{self._device.name}: the front-end is cut off: {describe(error)}")
+                self._cut_off(error)
         finally:
             self._close()
+            if self._rings.loss:
+                self._on_loss(self._rings.loss)
+
+    def _on_loss(self, loss: MappingLost) -> None:
+        if self._on_failure == self._report_failure:
+            self._cut_off(loss)
+        else:
+            self._on_failure(f"{self._device.name}: {describe(loss)}")
+
+    def _cut_off(self, error: Exception) -> None:
+        self._report(f"{self._device.name}: the front-end is cut off: {describe(error)}")
 
     def end(self) -> None:
         """Make `run` return soon; any thread may call this."""
@@ -219,7 +231,8 @@ class Conversation:
     def _fail(self, index: int, reason: str) -> None:
         """Ring *index* stops the device, until it is reset, or all its rings have been stopped."""
         with self._lock:
-            if self._failed:
+            if self._failed or self._rings.loss:
+                # What is found wrong in memory that has gone is no news.
                 return
             self._failed = self._backend.failed = True
             for served in list(self._served.values()):

@@ -365,6 +365,10 @@ class ProcessRings:
         self._processes = processes
         self._links: list[_Link] = []
 
+    @property
+    def loss(self) -> None:
+        """The processes find that out, and tell of it as of a failure."""
+
     def open(self, on_lost: Callable[[], None]) -> None:
         for index in range(len(self._processes)):
             link = _Link(self._processes, index)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Protocol
 
+from lguestlib.memory.mapping import MappingLost
 from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.vhost_user.backend import MapInflight, MapLog, MapMemory, QueueSetup
 from lguestlib.virtio.vhost_user.message import Message
@@ -31,10 +32,15 @@ class ServedRing(Protocol):
 class Rings(Protocol):
     """Serves the rings of one conversation.  Any of this may raise `RingsLost`."""
 
+    @property
+    def loss(self) -> MappingLost | None:
+        """Why nothing more can be served: what the front-end has shared is not there any more."""
+
     def open(self, on_lost: Callable[[], None]) -> None:
         """The conversation begins.
 
-        *on_lost* is called, on whatever thread, when `RingsLost` is all there is left.
+        *on_lost* is called, on whatever thread and in the middle of whatever it does, when
+        `RingsLost` or a `loss` is all there is left.
         """
 
     def take(self, effect: MapMemory | MapLog | MapInflight, message: Message) -> None:

@@ -1,5 +1,6 @@
 """Rings served by threads of this process, each asleep on its kick."""
 
+import errno
 import mmap
 import os
 from collections.abc import Callable, Sequence
@@ -8,10 +9,10 @@ from contextlib import suppress
 from lguestlib.abi.eventfd import is_eventfd
 from lguestlib.memory.dirty_log import DirtyLog
 from lguestlib.memory.guest import GuestMemory
-from lguestlib.memory.mapping import check_held, map_shared
+from lguestlib.memory.mapping import MappingLost, check_held, map_shared
 from lguestlib.memory.region import Region
 from lguestlib.runtime.counters import QueueCounters
-from lguestlib.runtime.failure import describe
+from lguestlib.runtime.failure import describe, without_frames
 from lguestlib.runtime.gil import meeting_place
 from lguestlib.runtime.interrupt import CallInterrupt, Interrupt, NoInterrupt, has_room
 from lguestlib.runtime.kick import EventfdKick
@@ -22,6 +23,7 @@ from lguestlib.runtime.transfer_thread import TransferThread
 from lguestlib.runtime.vhost_user.rings import OnFailure
 from lguestlib.virtio.device import Queue
 from lguestlib.virtio.device_queue import DeviceQueue, inflight_record, new_device_queue
+from lguestlib.virtio.errors import MemoryGone
 from lguestlib.virtio.queue_log import QueueLog
 from lguestlib.virtio.queue_state import QueueState
 from lguestlib.virtio.vhost_user.backend import (
@@ -59,7 +61,13 @@ class _ThreadRing:
         self._thread.request_stop()
 
     def stop(self) -> QueueState:
-        return self._thread.stop()
+        state = self._thread.stop()
+        self._rings.stopped(self._thread)
+        return state
+
+
+def _memory_gone(error: Exception) -> bool:
+    return isinstance(error, MemoryGone) or isinstance(error, OSError) and error.errno == errno.EFAULT
 
 
 class ThreadRings:
@@ -87,17 +95,31 @@ class ThreadRings:
         self._log: DirtyLog | None = None
         self._inflight: tuple[mmap.mmap, int, int] | None = None
         self._replaced: list[Region | DirtyLog] = []
+        self._threads: list[QueueThread] = []
+        self._on_lost: Callable[[], None] = lambda: None
+        self.loss: MappingLost | None = None
         self._processor = meeting_place() if any(queue.from_outside for queue in queues) else None
 
     def open(self, on_lost: Callable[[], None]) -> None:
-        """Nothing can be lost."""
+        self._on_lost = on_lost
+
+    def _lose(self, loss: MappingLost) -> None:
+        """Nothing more is begun: what is read from now on may be zeros, and what is written gone.
+
+        On the thread that has found out, at any place.
+        """
+        if self.loss is None:
+            self.loss = loss
+            for thread in self._threads:
+                thread.request_stop()
+            self._on_lost()
 
     def take(self, effect: MapMemory | MapLog | MapInflight, message: Message) -> None:
         match effect:
             case MapMemory():
                 self._map(effect)
             case MapLog(area):
-                before, self._log = self._log, DirtyLog(area.fd, area.size, area.offset)
+                before, self._log = self._log, DirtyLog(area.fd, area.size, area.offset, self._lose)
                 if before:
                     self._replaced.append(before)
             case MapInflight(area, length, size, _):
@@ -109,7 +131,9 @@ class ThreadRings:
         try:
             for told in change.table.regions:
                 if told in change.files:
-                    regions[told] = Region.from_fd(told.guest, told.size, change.files[told], told.offset)
+                    regions[told] = Region.from_fd(
+                        told.guest, told.size, change.files[told], told.offset, self._lose
+                    )
                 else:
                     regions[told] = self._regions[told]
             memory = GuestMemory(regions.values()) if regions else None
@@ -126,7 +150,7 @@ class ThreadRings:
         before = self._inflight
         check_held(area.fd, area.size, area.offset)
         # Not all of the area, whose length is the front-end's.
-        mapping, skip = map_shared(area.fd, length, area.offset)
+        mapping, skip = map_shared(area.fd, length, area.offset, "inflight record: ", self._lose)
         self._inflight = mapping, skip, size
         if before:
             before[0].close()
@@ -148,11 +172,25 @@ class ThreadRings:
         thread = kind(
             f"{self._name} {queue.name}", queue, self._ring(setup, setup.base), self._kick(setup),
             self._interrupt(setup), self._counters[index],
-            lambda thread, error: on_failure(f"{thread.name}: {describe(error)}"), self._processor,
+            lambda thread, error: self._failed(thread, error, on_failure), self._processor,
             AdaptivePoll(self._poll) if self._poll else None,
         )  # fmt: skip
+        self._threads.append(thread)
         thread.start()
+        if self.loss:
+            # Found out meanwhile, by another, which did not know of this one.
+            thread.request_stop()
         return _ThreadRing(self, thread)
+
+    def _failed(self, thread: QueueThread, error: Exception, on_failure: OnFailure) -> None:
+        if _memory_gone(error):
+            self._lose(MappingLost(describe(error)))
+        on_failure(f"{thread.name}: {describe(without_frames(error))}")
+
+    def stopped(self, thread: QueueThread) -> None:
+        """*thread* has let go of its ring."""
+        # Another list: who loses something may be going through this one.
+        self._threads = [each for each in self._threads if each is not thread]
 
     def exchanged(self, ends: QueueEnds, before: QueueSetup, setup: QueueSetup) -> QueueEnds:
         """On the queue's thread: the ends for *setup*, with what has not changed kept."""

@@ -10,6 +10,7 @@ from lguestlib.abi.virtio_blk import VIRTIO_BLK_S_OK, VIRTIO_BLK_T_IN, VIRTIO_BL
 from lguestlib.abi.virtio_ids import VIRTIO_ID_BLOCK
 from lguestlib.virtio.chain import Buffers, Chain, part
 from lguestlib.virtio.device import Device, Queue
+from lguestlib.virtio.errors import MemoryGone
 from lguestlib.virtio.transfer import Operation, Transfer, Transfers
 
 SECTOR = 512
@@ -369,5 +370,7 @@ def _payload(readable: Buffers, length: int) -> Buffers:
 
 
 def _status(error: int | None) -> int:
-    """The status for the errno *error*."""
+    """The status for the errno *error*.  Raises MemoryGone where it is not the disk's."""
+    if error == errno.EFAULT:
+        raise MemoryGone
     return abi.VIRTIO_BLK_S_UNSUPP if error in (errno.EOPNOTSUPP, errno.ENOSYS) else abi.VIRTIO_BLK_S_IOERR

@@ -1,5 +1,6 @@
 """The network device, one queue pair (virtio 1.3, 5.1)."""
 
+import errno
 import struct
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -8,6 +9,7 @@ from lguestlib.abi import virtio_net as abi
 from lguestlib.abi.virtio_ids import VIRTIO_ID_NET
 from lguestlib.virtio.chain import Chain, part
 from lguestlib.virtio.device import Device, Queue
+from lguestlib.virtio.errors import MemoryGone
 from lguestlib.virtio.features import Feature
 
 HEADER_SIZE = 12
@@ -224,7 +226,9 @@ class Net(Device):
             self._send(chain.readable)
         except InterruptedError:
             raise
-        except OSError:
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                raise MemoryGone from None
             self.dropped += 1
         return 0
 
