@@ -516,6 +516,8 @@ class ConversationCourse:
                 session.fill(session.descriptors(index).kick)
             case Do.MEMORY_AGAIN:
                 session.share()
+            case Do.SHRINK:
+                session.shrink()
             case Do.LEAVE:
                 session.close()
                 self._in_step = False

@@ -111,7 +111,7 @@ class Session:
         self.looks = False
         """Whether the driver has to look for used entries, since nobody tells it."""
         self.inflight: Message | None = None
-        self._log = -1
+        self._log = self._shrinkable = -1
         self._given: list[int] = []
         self._opened = ExitStack()
         with ExitStack() as opened:
@@ -329,6 +329,9 @@ class Session:
                 return self.inflight.fds[0]
             case Fd.SMALL:
                 fd = memfd("small", 4096)
+            case Fd.SHRINKABLE:
+                fd = self._shrinkable = os.memfd_create("shrinkable", os.MFD_CLOEXEC)
+                os.ftruncate(fd, self.memory.regions[0].size)
             case Fd.EVENT:
                 fd = eventfd()
             case Fd.NULL:
@@ -341,6 +344,10 @@ class Session:
                 fd = self._log = memfd("log", _LOG_SIZE)
         self._given.append(fd)
         return fd
+
+    def shrink(self) -> None:
+        """What was handed over is not there any more."""
+        os.ftruncate(self._shrinkable, 0)
 
     def unmarked(self, ranges: Sequence[Buffer]) -> str | None:
         """The first page of these that is not marked in the dirty log."""

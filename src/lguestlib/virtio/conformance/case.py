@@ -346,6 +346,7 @@ class Fd(Enum):
 
     MEMORY = "guest memory's file, its first region's"
     SMALL = "a file of one page"
+    SHRINKABLE = "a file as long as guest memory's, of zeros, that cannot be sealed against shrinking"
     EVENT = "an eventfd"
     NULL = "/dev/null"
     SOCKET = "a socket that nobody reads"
@@ -393,6 +394,7 @@ class Do(Enum):
     FULL_CALL = "the call descriptor's counter is full"
     FULL_KICK = "the kick descriptor's counter is full"
     MEMORY_AGAIN = "SET_MEM_TABLE with the same memory, mapped anew"
+    SHRINK = "the file that can be made shorter is empty"
     LEAVE = "the connection ends"
     COME = "and another begins, as far as the first one was"
     ONE_REPLY = "GET_FEATURES is answered next, and by nothing else"

@@ -242,6 +242,11 @@ CONVERSATION_CASES: tuple[Case, ...] = (
         Say(abi.VHOST_USER_SET_VRING_ENABLE, state(0, 1)), begin=Begin.NEGOTIATED,
     ),
     _bad(
+        "T13", "a region whose file shrinks after mapping", MEMORY,
+        Say(abi.VHOST_USER_SET_MEM_TABLE, table(region()), (Fd.SHRINKABLE,)), Do.SET_UP, Do.ENABLE,
+        Do.SHRINK, Do.KICK, refused=False,
+    ),
+    _bad(
         "T13", "a region is added twice", MEMORY, *(
             Say(abi.VHOST_USER_ADD_MEM_REG, table(region())[:8].replace(b"\1", b"\0") + region(), (Fd.MEMORY,)),
         ) * 2, begin=Begin.NEGOTIATED, needs=MEM_SLOTS,
