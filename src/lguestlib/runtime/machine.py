@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Generic, Self, TypeVar
 
 from lguestlib.abi.eventfd import BYTES, SIGNAL, eventfd
-from lguestlib.abi.prctl import name_thread
 from lguestlib.abi.signals import install_interrupt_handler
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.ending import end_thread
+from lguestlib.runtime.naming import name_this_thread
 from lguestlib.runtime.runner import Runner
 from lguestlib.runtime.trace import Tracer
 from lguestlib.virtio.device import Device
@@ -89,7 +89,7 @@ class Machine(ABC, Generic[RunnerType]):
         self._thread.start()
 
     def _run(self) -> None:
-        name_thread("guest")
+        name_this_thread("guest")
         try:
             self._outcome = self._enter()
         except Exception as error:

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import NamedTuple
 
-from lguestlib.abi.prctl import name_thread
 from lguestlib.abi.signals import install_interrupt_handler
 from lguestlib.runtime.counters import QueueCounters
 from lguestlib.runtime.ending import call_out, end_thread, wake_thread
 from lguestlib.runtime.interrupt import Interrupt
 from lguestlib.runtime.kick import Kick
+from lguestlib.runtime.naming import name_this_thread
 from lguestlib.runtime.polling import AdaptivePoll
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Queue, SourceEnded
@@ -84,7 +84,7 @@ class QueueThread:
     def request_stop(self) -> None:
         """Ask the thread to stop and return at once.  Any thread may, this one included."""
         self._stopping = self._attention = True
-        self._kick.signal()
+        self._knock()
         # Out of a wait for the outside, too: what comes there is not this thread's any more.
         call_out(self._thread)
 
@@ -121,15 +121,22 @@ class QueueThread:
         changed = threading.Event()
         self._change = change, changed
         self._attention = True
-        self._kick.signal()
+        self._knock()
         wake_thread(self._thread, self._unblock, changed.wait)
         return changed.is_set()
 
+    def _knock(self) -> None:
+        """Kick; where that fails it is done again, by who waits for the thread."""
+        with suppress(OSError):
+            self._kick.signal()
+
     def _unblock(self) -> None:
-        self._interrupt.unblock()
+        self._knock()
+        with suppress(OSError):
+            self._interrupt.unblock()
 
     def _run(self) -> None:
-        name_thread(self.name)
+        name_this_thread(self.name)
         try:
             if self._processor is not None:
                 with suppress(OSError):

@@ -10,7 +10,6 @@ from collections.abc import Callable
 
 from lguestlib.abi import bootparam
 from lguestlib.abi import kvm as abi
-from lguestlib.abi.prctl import name_thread
 from lguestlib.abi.virtio_mmio import VIRTIO_MMIO_QUEUE_NOTIFY
 from lguestlib.memory.acpi.tables import (
     POWER_OFF_TYPE,
@@ -29,6 +28,7 @@ from lguestlib.memory.region import Region
 from lguestlib.runtime.ending import end_thread
 from lguestlib.runtime.machine import Crash, Machine, Outcome, PowerOff, Reboot, Stopped
 from lguestlib.runtime.mmio_machine import mmio_runner
+from lguestlib.runtime.naming import name_this_thread
 from lguestlib.runtime.options import TransportName
 from lguestlib.runtime.pc import clock, serial
 from lguestlib.runtime.pc.clock import CmosClock
@@ -281,7 +281,7 @@ class PcMachine(Machine[PcRunner]):
         return outcome
 
     def _run_processor(self, vcpu: Vcpu, name: str) -> None:
-        name_thread(name)
+        name_this_thread(name)
         try:
             self._outcomes.put(self._serve(vcpu))
         except Exception as error:

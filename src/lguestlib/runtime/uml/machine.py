@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
-from lguestlib.abi.prctl import name_thread
 from lguestlib.memory.image.file import open_image
 from lguestlib.memory.image.image import ImageError
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.machine import Crash, Outcome, PowerOff, Reboot, Stopped
+from lguestlib.runtime.naming import name_this_thread
 from lguestlib.runtime.options import MEBIBYTE
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.uml.kernel import UmlKernel
@@ -103,7 +103,7 @@ class UmlMachine:
         self._thread.start()
 
     def _run(self) -> None:
-        name_thread("guest")
+        name_this_thread("guest")
         try:
             self._outcome = self._be_the_guest()
         except Exception as error:

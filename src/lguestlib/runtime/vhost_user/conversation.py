@@ -5,7 +5,7 @@ import socket
 import stat
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
 from lguestlib.abi import memfd, uio
@@ -279,12 +279,14 @@ class Conversation:
 
     def _close(self) -> None:
         self._device.on_config_change = lambda device: None
-        with suppress(RingsLost):
-            self._stop_all()
-        self._rings.close()
-        close_all(self._backend.close())
-        self._follow_channel()
-        self._deactivate()
-        # Others may have the socket open, too.
-        self._stream.end()
-        self._stream.close()
+        # From the last to the first, whatever one of them raises.
+        with ExitStack() as closing:
+            closing.callback(self._stream.close)
+            # Others may have the socket open, too.
+            closing.callback(self._stream.end)
+            closing.callback(self._deactivate)
+            closing.callback(self._follow_channel)
+            closing.callback(lambda: close_all(self._backend.close()))
+            closing.callback(self._rings.close)
+            with suppress(RingsLost):
+                self._stop_all()

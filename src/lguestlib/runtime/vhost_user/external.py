@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from lguestlib.abi import virtio_blk as blk
-from lguestlib.abi.prctl import name_thread
 from lguestlib.abi.virtio_ids import VIRTIO_ID_BLOCK
 from lguestlib.memory.guest import GuestMemory, MemoryViews
 from lguestlib.runtime.counters import QueueCounters
 from lguestlib.runtime.failure import describe, without_frames
 from lguestlib.runtime.interrupt import EventfdInterrupt
 from lguestlib.runtime.kick import EventfdKick
+from lguestlib.runtime.naming import name_this_thread
 from lguestlib.runtime.vhost_user.frontend import (
     REPLY_SECONDS,
     BackEndError,
@@ -353,7 +353,7 @@ class ExternalRunner:
 
     def _begin(self, run: Callable[[], None], name: str) -> None:
         def named() -> None:
-            name_thread(f"{self.device.name} {name}")
+            name_this_thread(f"{self.device.name} {name}")
             run()
 
         self._threads = [thread for thread in self._threads if thread.is_alive()]

@@ -16,9 +16,9 @@ from dataclasses import fields
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
-from lguestlib.abi.prctl import name_thread
 from lguestlib.memory.mapping import check_held
 from lguestlib.runtime.counters import QueueCounters
+from lguestlib.runtime.naming import name_this_thread
 from lguestlib.runtime.vhost_user.queue_process import COUNTERS, Order, QueueOfDisk, Told
 from lguestlib.runtime.vhost_user.rings import OnFailure, RingsLost
 from lguestlib.runtime.vhost_user.stream import MessageStream, close_all
@@ -101,7 +101,7 @@ class QueueProcess:
         self, queue: QueueOfDisk, control: int, started: "SimpleQueue[subprocess.Popen[bytes] | Exception]"
     ) -> None:
         """Start it and see it to its end: it would be killed when the thread that has started it ends."""
-        name_thread(self._thread.name)
+        name_this_thread(self._thread.name)
         try:
             process = subprocess.Popen(
                 queue.words(control), pass_fds=[control, queue.fd], stdin=subprocess.DEVNULL,

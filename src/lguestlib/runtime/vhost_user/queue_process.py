@@ -19,10 +19,11 @@ from contextlib import suppress
 from dataclasses import asdict, astuple, dataclass, fields
 from enum import Enum
 
-from lguestlib.abi.prctl import name_thread, signal_at_parents_end
+from lguestlib.abi.prctl import signal_at_parents_end
 from lguestlib.runtime.backend.file import FileDisk
 from lguestlib.runtime.counters import QueueCounters
 from lguestlib.runtime.gil import SWITCH_INTERVAL
+from lguestlib.runtime.naming import name_this_thread
 from lguestlib.runtime.vhost_user.conversation import Conversation
 from lguestlib.runtime.vhost_user.stream import MessageStream
 from lguestlib.runtime.vhost_user.thread_rings import ThreadRings
@@ -129,7 +130,7 @@ class _Service:
         self._thread.start()
 
     def _run(self, conversation: Conversation) -> None:
-        name_thread("conversation")
+        name_this_thread("conversation")
         try:
             conversation.run()
         finally:
@@ -176,7 +177,7 @@ def main(words: Sequence[str]) -> int:
             tell(control, Told.SAID, _encoded(f"{queue.name}: {error}"))
             return 1
         device.withheld = queue.withheld
-        name_thread(f"{queue.name} {device.queues()[queue.index].name}")
+        name_this_thread(f"{queue.name} {device.queues()[queue.index].name}")
         _Service(control, device, queue.index, queue.poll).run()
         disk.close()
     return 0

@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from lguestlib.abi.prctl import name_thread
 from lguestlib.runtime.counters import QueueCounters
+from lguestlib.runtime.failure import describe
+from lguestlib.runtime.naming import name_this_thread
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.vhost_user.conversation import Conversation
 from lguestlib.runtime.vhost_user.process_rings import ProcessRings, QueueProcesses
@@ -61,7 +62,7 @@ class Server:
         self._thread.start()
 
     def _run(self) -> None:
-        name_thread(self._thread.name)
+        name_this_thread(self._thread.name)
         try:
             if self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 while not self._stopping:
@@ -97,6 +98,9 @@ class Server:
                 conversation.end()
         try:
             conversation.run()
+        except Exception as error:
+            # Something has not been given back; the next front-end is served all the same.
+            self._report(f"{self.device.name}: {describe(error)}")
         finally:
             with self._lock:
                 self._conversation = None

@@ -167,16 +167,21 @@ class ThreadRings:
                 area[:] = bytes(len(area))
 
     def start(self, index: int, setup: QueueSetup, on_failure: OnFailure) -> _ThreadRing:
-        queue = self._queues[index]
+        queue, ring = self._queues[index], self._ring(setup, setup.base)
         kind = TransferThread if queue.transfers else QueueThread
         thread = kind(
-            f"{self._name} {queue.name}", queue, self._ring(setup, setup.base), self._kick(setup),
+            f"{self._name} {queue.name}", queue, ring, self._kick(setup),
             self._interrupt(setup), self._counters[index],
             lambda thread, error: self._failed(thread, error, on_failure), self._processor,
             AdaptivePoll(self._poll) if self._poll else None,
         )  # fmt: skip
+        try:
+            thread.start()
+        except BaseException:
+            # There may be no more threads.
+            ring.release()
+            raise
         self._threads.append(thread)
-        thread.start()
         if self.loss:
             # Found out meanwhile, by another, which did not know of this one.
             thread.request_stop()
