@@ -126,14 +126,14 @@ def test_a_system_call_that_fails_harms_one_front_end_at_most_and_leaves_nothing
     with Session("serve", "blk", "--socket-path", path, f"--blk-file={image}", "--num-queues=2", *words) as session:
         session.expect("listening on", messages=True)
         session.expect("\n", messages=True)
-        assert visit(path) == ALL_WELL
         proc = Path(f"/proc/{session.pid}")
 
         def held() -> tuple[int, int]:
             return len(os.listdir(proc / "fd")), len(os.listdir(proc / "task"))
 
-        time.sleep(0.05)
         before = held()
+        assert visit(path) == ALL_WELL
+        eventually(lambda: held() == before, f"as many descriptors and threads as before: {before}")
         for call, error, nth, wanted, said in faults:
             about = f"{call} {error} {nth}"
             with refused(session.pid, call, error, nth, tmp_path / "trace"):

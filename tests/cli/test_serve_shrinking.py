@@ -92,6 +92,7 @@ def test_t13_memory_a_log_or_a_record_that_becomes_shorter_under_load_ends_that_
             def held() -> tuple[int, int]:
                 return len(os.listdir(proc / "fd")), len(os.listdir(proc / "task"))
 
+            eventually(lambda: neighbour.done > 0, "the neighbour's first request")
             before = held()
             front_end = subprocess.Popen(
                 [sys.executable, str(PROGRAM), first, str(TIMES), "2"], stdout=subprocess.PIPE, text=True,
