@@ -22,7 +22,7 @@ from lguestlib.runtime.vhost_user.compare import compare, workload
 from lguestlib.runtime.vhost_user.conform import Examination, Result, Unsuitable, Verdict
 from lguestlib.runtime.vhost_user.server import Server
 from lguestlib.virtio.chain import Chain
-from lguestlib.virtio.conformance.case import Case, ConversationCase, Fault, PackedCase, RingCase
+from lguestlib.virtio.conformance.case import Case, ConversationCase, Fault, Flicker, PackedCase, RingCase
 from lguestlib.virtio.conformance.catalogue import CASES, select
 from lguestlib.virtio.conformance.ring import DISK_SECTORS, MemoryDisk
 from lguestlib.virtio.device import Device
@@ -106,6 +106,9 @@ def test_every_case_that_goes_over_a_socket_passes_against_our_own_disk(path: st
             assert "refused" in each.note or "disconnected" in each.note, each.case.name
         if isinstance(each.case, (RingCase, PackedCase)) and each.verdict is Verdict.PASS:
             refused = "ring failed" in each.note or "disconnected" in each.note
+            if any(isinstance(step, Flicker) for step in each.case.steps):
+                # What is half of the one descriptor and half of the other lies outside memory.
+                continue
             assert refused is any(isinstance(event, Fault) for event in each.case.events), each
 
 

@@ -95,6 +95,13 @@ def kill(back_end: Session, moment: Moment | None, chance: Random, folder: Path)
     back_end.close()
 
 
+def threads_of(pid: int) -> int:
+    """How many threads the process *pid* and its children have."""
+    tasks = list(Path(f"/proc/{pid}/task").iterdir())
+    children = [child for task in tasks for child in (task / "children").read_text().split()]
+    return len(tasks) + sum(threads_of(int(child)) for child in children)
+
+
 def has_direct(image: Path) -> bool:
     """Whether the file system of *image* has O_DIRECT."""
     try:
@@ -162,10 +169,15 @@ def test_t17_nothing_is_lost_when_a_back_end_is_killed_under_load(tmp_path: Path
                     " echo 1 >/proc/sys/vm/drop_caches && cmp $file /tmp/blob",
                 ),
             ]  # fmt: skip
+            threads = threads_of(back_end.pid)
             for number in range(KILLS):
                 restarted = time.time()
                 while images["system"].stat().st_mtime < restarted:
                     assert time.time() < restarted + PATIENCE, "the disk is not written any more"
+                    time.sleep(0.02)
+                # QEMU does not always come back from one that dies while it introduces itself.
+                while threads_of(back_end.pid) < threads:
+                    assert time.time() < restarted + PATIENCE, "a queue is not served any more"
                     time.sleep(0.02)
                 kill(back_end, MOMENTS[number % len(MOMENTS)], chance, tmp_path)
                 back_end = start()

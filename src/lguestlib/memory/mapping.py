@@ -56,7 +56,8 @@ class SharedMapping(mmap.mmap):
 
     def replace(self, address: int) -> bool:
         """Put a page where one is gone, at *address*; False where that is none of this mapping."""
-        if not 0 <= address - self._start < self._length:
+        # Where one is closed another may be by now, before this one has left the list.
+        if self.closed or not 0 <= address - self._start < self._length:
             return False
         try:
             replace_pages(address & -mmap.PAGESIZE, mmap.PAGESIZE)
