@@ -25,7 +25,7 @@ from lguest_guest import (
 )
 
 from lguestlib.__main__ import run
-from lguestlib.runtime import launcher
+from lguestlib.runtime.launch import lguest
 from lguestlib.runtime.packets import Station, answer, arp_reply, arp_request, echo_reply, echo_request
 
 FOREVER = 3600.0
@@ -127,5 +127,5 @@ def program(cpu: GuestCpu) -> None:
 
 
 if __name__ == "__main__":
-    setattr(launcher, "DevLguest", lambda: LguestDouble(program))
+    setattr(lguest, "DevLguest", lambda: LguestDouble(program))
     sys.exit(run())

@@ -11,16 +11,17 @@ from pathlib import Path
 import pytest
 from runtime.rigs import nothing_left, open_descriptors
 
-from lguestlib.runtime import launcher as module
 from lguestlib.runtime.backend.script import Script
 from lguestlib.runtime.backend.terminal import Terminal
 from lguestlib.runtime.boot import Boot
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.gil import SWITCH_INTERVAL
-from lguestlib.runtime.launcher import Launcher, choose_hypervisor
-from lguestlib.runtime.vm import KvmUnusable
+from lguestlib.runtime.launch import choice
+from lguestlib.runtime.launch.choice import choose_hypervisor
+from lguestlib.runtime.launcher import Launcher
 from lguestlib.runtime.machine import PowerOff, Stopped
 from lguestlib.runtime.options import MEBIBYTE, DiskImage, MachineOptions, Randomness, ScratchDisk
+from lguestlib.runtime.vm import KvmUnusable
 
 OPTIONS = MachineOptions("inprocess", memory=16 * MEBIBYTE, devices=(ScratchDisk(), Randomness()))
 """No network: a private one would take this process into a namespace."""
@@ -157,7 +158,7 @@ def without_kvm(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse() -> int:
         raise KvmUnusable("/dev/kvm: lacks everything (a newer kernel has it)")
 
-    monkeypatch.setattr(module, "open_kvm", refuse)
+    monkeypatch.setattr(choice, "open_kvm", refuse)
 
 
 def test_without_kvm_auto_is_the_guest_in_this_process_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +180,7 @@ def test_without_kvm_nothing_takes_its_place_when_it_is_needed(
 
 
 def test_with_kvm_auto_takes_it_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "open_kvm", lambda: os.open(os.devnull, os.O_RDWR))
+    monkeypatch.setattr(choice, "open_kvm", lambda: os.open(os.devnull, os.O_RDWR))
     said: list[str] = []
     assert choose_hypervisor(MachineOptions("auto"), said.append) == "kvm"
     assert said == ["hypervisor: kvm, because /dev/kvm is usable"]
@@ -209,6 +210,6 @@ def test_what_a_pc_alone_has_is_refused_elsewhere(options: MachineOptions, words
 def test_what_a_pc_has_no_room_for_is_refused(
     options: MachineOptions, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "open_kvm", lambda: os.open(os.devnull, os.O_RDWR))
+    monkeypatch.setattr(choice, "open_kvm", lambda: os.open(os.devnull, os.O_RDWR))
     with script() as (typist, _), pytest.raises(LaunchError, match=f"^{words}"):
         Launcher(options, typist, nothing_said)

@@ -12,11 +12,12 @@ from lguest_double import GuestProgram, LguestDouble
 from lguest_guest import BLOCK, CONSOLE, RNG, BlockDriver, ConsoleDriver, Linux, RngDriver, session
 from runtime.rigs import nothing_left
 
-from lguestlib.runtime import launcher as module
 from lguestlib.runtime.backend.terminal import Terminal
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.vm import KvmUnusable
-from lguestlib.runtime.launcher import Launcher, choose_hypervisor
+from lguestlib.runtime.launch import choice, lguest
+from lguestlib.runtime.launch.choice import choose_hypervisor
+from lguestlib.runtime.launcher import Launcher
 from lguestlib.runtime.lguest.file import LguestUnusable
 from lguestlib.runtime.machine import Crash, PowerOff
 from lguestlib.runtime.options import (
@@ -57,7 +58,7 @@ class Host:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.programs: list[GuestProgram] = []
         self.doubles: list[LguestDouble] = []
-        monkeypatch.setattr(module, "DevLguest", self.open)
+        monkeypatch.setattr(lguest, "DevLguest", self.open)
 
     def open(self) -> LguestDouble:
         # The first is opened to see whether it can be.
@@ -145,7 +146,7 @@ def test_verbose_tells_of_each_device(host: Host, vmlinux: Path) -> None:
 def test_auto_takes_lguest_for_a_32_bit_kernel_where_it_is_usable(
     host: Host, vmlinux: Path, vmlinux64: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "open_kvm", lambda: os.open("/dev/null", os.O_RDONLY))
+    monkeypatch.setattr(choice, "open_kvm", lambda: os.open("/dev/null", os.O_RDONLY))
     said: list[str] = []
     assert choose_hypervisor(options(vmlinux, hypervisor="auto"), said.append) == "lguest"
     assert said == [f"hypervisor: lguest, because /dev/lguest is usable and {vmlinux} is a 32-bit kernel"]
@@ -156,13 +157,13 @@ def test_auto_takes_lguest_for_a_32_bit_kernel_where_it_is_usable(
     def absent() -> LguestDouble:
         raise LguestUnusable("/dev/lguest: gone", "modprobe lg")
 
-    monkeypatch.setattr(module, "DevLguest", absent)
+    monkeypatch.setattr(lguest, "DevLguest", absent)
     assert choose_hypervisor(options(vmlinux, hypervisor="auto"), said.append) == "kvm"
 
     def refuse() -> int:
         raise KvmUnusable("/dev/kvm: gone too")
 
-    monkeypatch.setattr(module, "open_kvm", refuse)
+    monkeypatch.setattr(choice, "open_kvm", refuse)
     with pytest.raises(LaunchError) as failed:
         choose_hypervisor(options(vmlinux, hypervisor="auto"), said.append)
     assert str(failed.value) == "lguest: /dev/lguest: gone (modprobe lg); kvm: /dev/kvm: gone too"

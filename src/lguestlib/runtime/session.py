@@ -14,20 +14,16 @@ from dataclasses import dataclass
 
 from lguestlib.runtime.attachments import Say
 from lguestlib.runtime.backend.script import Script, typed_ahead
-from lguestlib.runtime.backend.terminal import Terminal
+from lguestlib.runtime.backend.terminal import INPUT, OUTPUT, Terminal
 from lguestlib.runtime.boot import Boot
 from lguestlib.runtime.counters import QueueCounters
 from lguestlib.runtime.launcher import Launcher
 from lguestlib.runtime.machine import Outcome
 from lguestlib.runtime.options import MachineOptions
 from lguestlib.runtime.runner import Served
+from lguestlib.runtime.signals import ENDING
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.uml.terminal import PatientTerminal
-
-INPUT, OUTPUT = 0, 1
-
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-"""The signals that end a session; one the process was started to ignore, as by nohup(1), stays ignored."""
 
 
 @dataclass(frozen=True)

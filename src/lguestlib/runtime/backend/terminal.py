@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from lguestlib.abi import uio
 from lguestlib.runtime.trace import Tracer
 
+INPUT, OUTPUT = 0, 1
+"""This process's."""
+
 INTERRUPT = 0x03
 """What ^C sends."""
 

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from lguestlib.runtime.attachments import Attachment, ConsoleAttachment, DiskAttachment, attach
-from lguestlib.runtime.backend.terminal import Terminal
+from lguestlib.runtime.backend.terminal import INPUT, OUTPUT, Terminal
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.gil import SWITCH_INTERVAL
 from lguestlib.runtime.options import DeviceOption, DiskImage, TerminalConsole
-from lguestlib.runtime.session import ENDING, INPUT, OUTPUT
+from lguestlib.runtime.signals import ENDING
 from lguestlib.runtime.trace import Tracer
 from lguestlib.runtime.vhost_user.listen import Listener, inherited
 from lguestlib.runtime.vhost_user.process_rings import QueueProcesses
