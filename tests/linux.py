@@ -262,13 +262,13 @@ def _initramfs(directory: Path, modules: Path, names: Sequence[str], programs: S
         archive = make_initramfs(resolve(modules, names), SHELL)
     except LaunchError as error:
         pytest.skip(str(error))
-    _add_programs(archive, programs)
+    add_programs(archive, programs)
     place = directory / "initramfs"
     place.write_bytes(archive.pack())
     return place
 
 
-def _add_programs(archive: NewcArchive, programs: Sequence[str]) -> None:
+def add_programs(archive: NewcArchive, programs: Sequence[str]) -> None:
     libraries: set[str] = set()
     for program in programs:
         found = shutil.which(program, path=f"{os.environ['PATH']}:/sbin:/usr/sbin")

@@ -4,6 +4,7 @@ import os
 import select
 import struct
 import threading
+import time
 from collections.abc import Iterator, Sequence
 
 import pytest
@@ -18,6 +19,7 @@ from lguestlib.runtime.pc.runner import PciDeviceRunner
 from lguestlib.runtime.pc.vectors import Routes
 from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import RING_FEATURES, Device, Queue
+from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import QueueLayout
 from lguestlib.virtio.pci.effects import CONFIG
 from lguestlib.virtio.pci.function import COMMON_AT, CONFIG_AT, ISR_AT, MSIX_PENDING_AT, MSIX_TABLE_AT, NOTIFY_AT
@@ -37,6 +39,7 @@ class Echo(Device):
     def __init__(self) -> None:
         super().__init__("echo")
         self.space = b"config"
+        self.begun = threading.Event()
 
     def config(self) -> bytes:
         return self.space
@@ -48,6 +51,9 @@ class Echo(Device):
         data = chain.read()
         if data == b"fail":
             raise OSError(5, "the device is broken")
+        if data == b"slow":
+            self.begun.set()
+            time.sleep(0.05)
         return chain.write(data)
 
 
@@ -84,26 +90,36 @@ class Guest:
     def control(self, flags: int) -> None:
         self.registers.write_config(MSIX_CONTROL, flags.to_bytes(2, "little"))
 
-    def start(self, vectors: bool = True) -> None:
+    def start(self, vectors: bool = True, features: int = int(RING_FEATURES)) -> None:
         for status in (0, 1, 3):
             self.put(COMMON_AT + 20, "B", status)
         for page in (0, 1):
             self.put(COMMON_AT + 8, "I", page)
-            self.put(COMMON_AT + 12, "I", int(RING_FEATURES) >> 32 * page & 0xFFFF_FFFF)
+            self.put(COMMON_AT + 12, "I", features >> 32 * page & 0xFFFF_FFFF)
         self.put(COMMON_AT + 20, "B", 11)
         if vectors:
             self.put(COMMON_AT + 16, "H", 0)
         for index in range(2):
-            layout = QueueLayout.contiguous(index, 16, GuestAddress(0x1000 * (index + 1)))
-            self.rings.append(SplitDriverQueue(layout, self.memory, int(RING_FEATURES)))
-            self.put(COMMON_AT + 22, "H", index)
-            self.put(COMMON_AT + 24, "H", 16)
-            if vectors:
-                self.put(COMMON_AT + 26, "H", index + 1)
-            for offset, address in ((32, layout.descriptors), (40, layout.available), (48, layout.used)):
-                self.put(COMMON_AT + offset, "I", address)
-            self.put(COMMON_AT + 28, "H", 1)
+            self.enable(QueueLayout.contiguous(index, 16, GuestAddress(0x1000 * (index + 1))), vectors)
         self.put(COMMON_AT + 20, "B", 15)
+
+    def enable(self, layout: QueueLayout, vectors: bool = True) -> None:
+        index = layout.index
+        self.rings.insert(index, SplitDriverQueue(layout, self.memory, int(RING_FEATURES)))
+        self.put(COMMON_AT + 22, "H", index)
+        self.put(COMMON_AT + 24, "H", layout.size)
+        if vectors:
+            self.put(COMMON_AT + 26, "H", index + 1)
+        for offset, address in ((32, layout.descriptors), (40, layout.available), (48, layout.used)):
+            self.put(COMMON_AT + offset, "I", address)
+        self.put(COMMON_AT + 28, "H", 1)
+
+    def reset_queue(self, index: int) -> None:
+        """Reset that queue, which is over when this returns (4.1.4.3.2)."""
+        self.put(COMMON_AT + 22, "H", index)
+        self.put(COMMON_AT + 58, "H", 1)
+        assert (self.get(COMMON_AT + 58, "H"), self.get(COMMON_AT + 28, "H")) == (0, 0)
+        self.rings.pop(index).release()
 
     def request(self, queue: int, text: bytes) -> None:
         self.memory.write(GuestAddress(BUFFERS_AT), text)
@@ -254,6 +270,70 @@ def test_t3_a_reset_ends_the_threads_and_takes_the_vectors(guest: Guest) -> None
     guest.start()
     guest.request(1, b"again")
     assert used(guest, 1) == b"again"
+
+
+def test_t4_a_queue_is_reset_and_set_up_anew_while_the_other_goes_on(guest: Guest) -> None:
+    guest.decode()
+    guest.control(ENABLE)
+    guest.start(features=int(RING_FEATURES | Feature.RING_RESET))
+    for vector in range(3):
+        guest.message(vector, 0x40 + vector)
+    [other] = [thread for thread in threading.enumerate() if thread.name == "echo work0"]
+    fds = [interrupt.fd for interrupt in guest.registers.interrupts]
+    doorbells = dict(guest.wires.doorbells)
+    taken = []
+    for turn, size in enumerate((4, 64, 16)):
+        guest.request(1, b"before")
+        assert used(guest, 1) == b"before"
+        begun = time.monotonic()
+        guest.reset_queue(1)
+        taken.append(time.monotonic() - begun)
+        assert queue_threads() == ["echo work0"] and guest.wires.irqfds.keys() == {fds[0], guest.registers.config_interrupt.fd}
+        guest.request(0, b"the other")
+        assert used(guest, 0) == b"the other"
+        guest.enable(QueueLayout.contiguous(1, size, GuestAddress(0x8000 + 0x4000 * turn)))
+        gsi = guest.wires.irqfds[fds[1]]
+        assert guest.wires.routes[gsi].data == 0x42 and guest.wires.doorbells == doorbells
+        guest.wires.deliver()
+        guest.wires.taken.clear()
+        guest.request(1, b"after")
+        assert used(guest, 1) == b"after"
+        eventually(lambda: guest.interrupts(1), "the interrupt")
+        guest.wires.deliver()
+        assert guest.wires.taken == [gsi]
+    assert min(taken) < 0.1
+    assert other.is_alive() and guest.reports == []
+
+
+def test_t4_what_a_queue_has_begun_does_not_land_in_memory_after_its_reset(guest: Guest) -> None:
+    guest.decode()
+    guest.start(features=int(RING_FEATURES | Feature.RING_RESET))
+    for ends in (0, 1):
+        guest.device.begun.clear()
+        guest.request(ends, b"slow")
+        assert guest.device.begun.wait(5)
+        guest.reset_queue(ends)
+        where = GuestAddress(0x1000 * (ends + 1))
+        guest.memory.write(where, b"reused" * 100)
+        guest.memory.write(buffer(1).address, b"reused")
+        time.sleep(0.1)
+        assert guest.memory.read(where, 600) == b"reused" * 100
+        assert guest.memory.read(buffer(1).address, 6) == b"reused"
+        guest.enable(QueueLayout.contiguous(ends, 8, GuestAddress(0x8000)))
+        guest.request(ends, b"again")
+        assert used(guest, ends) == b"again"
+        guest.reset_queue(ends)
+        guest.enable(QueueLayout.contiguous(ends, 16, where))
+
+
+def test_t4_a_driver_may_reset_a_queue_and_leave_it(guest: Guest) -> None:
+    guest.decode()
+    guest.start(features=int(RING_FEATURES | Feature.RING_RESET))
+    guest.reset_queue(0)
+    os.write(guest.wires.doorbells[BAR + NOTIFY_AT], SIGNAL)
+    assert queue_threads() == ["echo work1"]
+    guest.put(COMMON_AT + 20, "B", 0)
+    assert guest.get(COMMON_AT + 20, "B") == 0 and queue_threads() == []
 
 
 def test_t8_a_kick_before_driver_ok_is_served_when_the_thread_is_there(guest: Guest) -> None:

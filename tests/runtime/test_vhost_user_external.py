@@ -235,7 +235,7 @@ def test_a_guest_is_offered_what_both_can_and_nothing_of_the_protocols_own(
     backend = ScriptedBackEnd(features=there, path=path)
     guest = scripted_guest(backend, path, memory, reports, opened)
     offered = guest.driver.offered()
-    ring = int(Feature.VERSION_1 | Feature.RING_INDIRECT_DESC)
+    ring = int(Feature.VERSION_1 | Feature.RING_INDIRECT_DESC | Feature.RING_RESET)
     # Of the bits that are no device type's, those of the rings we know.
     assert offered & ((1 << 50) - (1 << 24)) == ring
     assert offered & 1 << blk.VIRTIO_BLK_F_FLUSH and not offered & 1 << blk.VIRTIO_BLK_F_SECURE_ERASE

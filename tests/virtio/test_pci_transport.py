@@ -9,9 +9,11 @@ from virtio.owner import Owner
 from virtio.statuses import STATES
 from virtio.toy import SIZES, Toy
 
+from lguestlib.memory.address import GuestAddress
 from lguestlib.virtio.device import RING_FEATURES
 from lguestlib.virtio.effects import DriverReady, Notify, QueueReady, QueueStop, Reset
 from lguestlib.virtio.features import Feature
+from lguestlib.virtio.layout import QueueLayout
 from lguestlib.virtio.pci.effects import CONFIG, PciEffect, VectorAssigned
 from lguestlib.virtio.pci.transport import PciTransport
 from lguestlib.virtio.status import Status
@@ -20,7 +22,6 @@ A, D, F, OK = Status.ACKNOWLEDGE, Status.DRIVER, Status.FEATURES_OK, Status.DRIV
 NEGOTIATED = A | D | F
 ALIVE = NEGOTIATED | OK
 NO_VECTOR = 0xFFFF
-RING_RESET = 1 << 40
 VECTORS = 3
 
 
@@ -35,7 +36,8 @@ class Register(NamedTuple):
 
 DEVICE_FEATURE_SELECT, DRIVER_FEATURE_SELECT, DRIVER_FEATURE, MSIX_CONFIG = 0, 8, 12, 16
 STATUS, GENERATION, SELECT, SIZE, VECTOR, ENABLE, NOTIFY_OFF, DESC, QUEUE_RESET = 20, 21, 22, 24, 26, 28, 30, 32, 58
-FEATURES = 1 << 0 | 1 << 5 | int(RING_FEATURES)
+RESETTABLE = int(RING_FEATURES | Feature.RING_RESET)
+FEATURES = 1 << 0 | 1 << 5 | RESETTABLE
 TABLE = [
     Register(0, 4, True),
     Register(4, 4, False, FEATURES & 0xFFFF_FFFF),
@@ -51,16 +53,9 @@ TABLE = [
     Register(28, 2, True),
     Register(30, 2, False),
     *(Register(at, 4, True) for at in (32, 36, 40, 44, 48, 52)),
+    Register(58, 2, True),
 ]
 BY_OFFSET = {register.offset: register for register in TABLE}
-
-
-class ResettableToy(Toy):
-    """A toy whose queues can be reset one by one."""
-
-    @property
-    def offered(self) -> int:
-        return super().offered | RING_RESET
 
 
 class Driver:
@@ -71,11 +66,10 @@ class Driver:
         self.transport = PciTransport(self.device, VECTORS)
 
     def get(self, offset: int) -> int:
-        size = 2 if offset == QUEUE_RESET else BY_OFFSET[offset].size
-        return int.from_bytes(self.transport.read_common(offset, size), "little")
+        return int.from_bytes(self.transport.read_common(offset, BY_OFFSET[offset].size), "little")
 
     def put(self, offset: int, value: int) -> Sequence[PciEffect]:
-        size = 2 if offset == QUEUE_RESET else BY_OFFSET[offset].size
+        size = BY_OFFSET[offset].size
         return list(self.transport.write_common(offset, value.to_bytes(size, "little")))
 
     def accept(self, features: int) -> None:
@@ -114,8 +108,8 @@ def test_t5_only_the_writable_registers_take_a_write() -> None:
         for offset in range(0, 64):
             driver = Driver()
             driver.negotiate(int(RING_FEATURES))
-            if offset == DRIVER_FEATURE:
-                continue  # frozen here
+            if offset in (DRIVER_FEATURE, QUEUE_RESET):
+                continue  # frozen here; and for a queue that is enabled
             register = BY_OFFSET.get(offset)
             known = register is not None and register.size == size and register.write
             driver.transport.write_common(offset, (1).to_bytes(size, "little"))
@@ -268,24 +262,34 @@ def test_t3_cve_2026_45782_a_reset_is_over_only_when_its_owner_says_so_and_leave
 
 
 def test_t4_a_queue_is_reset_by_itself_and_reads_so_until_it_has_stopped() -> None:
-    driver = Driver(ResettableToy())
-    driver.negotiate(int(RING_FEATURES) | RING_RESET)
-    driver.set_up(1, 16)
-    driver.put(VECTOR, 1)
-    driver.put(ENABLE, 1)
+    driver = Driver()
+    driver.negotiate(RESETTABLE)
+    for queue in (0, 1):
+        driver.set_up(queue, 16 >> queue)
+        driver.put(VECTOR, 1)
+        driver.put(ENABLE, 1)
     driver.put(STATUS, ALIVE)
+    other = driver.transport.layouts[0]
     assert driver.put(QUEUE_RESET, 0) == []
-    assert driver.put(QUEUE_RESET, 1) == [QueueStop(1)]
+    assert driver.put(QUEUE_RESET, 1) == [QueueStop(1), VectorAssigned(1, None)]
     assert (driver.get(QUEUE_RESET), driver.get(ENABLE)) == (1, 1)
+    driver.put(SIZE, 4)
+    assert (driver.put(ENABLE, 1), driver.get(SIZE)) == ([], 8), "it is in use until it has stopped"
     driver.transport.queue_stopped(1)
     assert (driver.get(QUEUE_RESET), driver.get(ENABLE), driver.get(SIZE), driver.get(32)) == (0, 0, SIZES[1], 0)
+    assert driver.get(VECTOR) == NO_VECTOR
     assert driver.put(QUEUE_RESET, 1) == [], "what is not enabled cannot be reset"
-    driver.set_up(1, 8)
-    assert len(driver.put(ENABLE, 1)) == 1
+    assert driver.transport.layouts == [other] and driver.transport.assigned == {0: 1}
+    driver.set_up(1, 4, (0x4000, 0x5000, 0x6000))
+    assert driver.put(VECTOR, 2) == [VectorAssigned(1, 2)]
+    assert driver.put(ENABLE, 1) == [QueueReady(QueueLayout(1, 4, *map(GuestAddress, (0x4000, 0x5000, 0x6000))))]
+    assert driver.put(QUEUE_RESET, 1) == [QueueStop(1), VectorAssigned(1, None)], "and again"
 
 
 def test_t4_a_queue_is_not_reset_where_that_was_not_offered_or_not_accepted() -> None:
-    for device, refused in ((Toy(), 2), (ResettableToy(), 1)):
+    withheld = Toy()
+    withheld.withheld |= int(Feature.RING_RESET)
+    for device, refused in ((withheld, 2), (Toy(), 1)):
         driver = Driver(device)
         driver.negotiate()
         driver.set_up(0, 8)
@@ -297,12 +301,12 @@ def test_t4_a_queue_is_not_reset_where_that_was_not_offered_or_not_accepted() ->
 @pytest.mark.parametrize("seed", range(6))
 def test_t1_t5_t6_any_sequence_of_accesses_leaves_a_state_the_specification_knows(seed: int) -> None:
     random = Random(seed)
-    driver = Driver(ResettableToy())
+    driver = Driver()
     transport = driver.transport
     owner = Owner(random, transport)
-    everything = int(RING_FEATURES) | RING_RESET
+    everything = RESETTABLE
     values = [0, 1, 1, 2, 3, 8, 11, 15, 15, 0x80, 255, 256, NO_VECTOR]
-    offsets = [*(register.offset for register in TABLE if register.write), SELECT, ENABLE, ENABLE, QUEUE_RESET]
+    offsets = [*(register.offset for register in TABLE if register.write), SELECT, *[ENABLE, QUEUE_RESET] * 3]
     assigned: dict[int, int] = {}
 
     def take(effects: Sequence[PciEffect]) -> None:

@@ -22,7 +22,7 @@ It may raise InterruptedError, having done nothing, when it is to stop; and
 """
 
 RING_FEATURES = Feature.VERSION_1 | Feature.RING_INDIRECT_DESC | Feature.RING_EVENT_IDX
-"""What every device of this library offers beside its own features; it has RING_PACKED and IN_ORDER besides."""
+"""What a driver of any device of this library takes; devices offer RING_PACKED, IN_ORDER and RING_RESET besides."""
 
 QUEUE_SIZE = 256
 
@@ -102,7 +102,7 @@ class Device(ABC):
     @property
     def offered(self) -> int:
         """The feature bits a driver is offered, the ring's included."""
-        ring = RING_FEATURES | Feature.RING_PACKED
+        ring = RING_FEATURES | Feature.RING_PACKED | Feature.RING_RESET
         if not any(queue.transfers for queue in self.queues()):
             # One chain after another, and so they come back; transfers do when they are done.
             ring |= Feature.IN_ORDER

@@ -19,6 +19,7 @@ def feature_names(device_type: int, features: int) -> dict[str, int]:
         "event_idx": int(Feature.RING_EVENT_IDX),
         "ring_packed": int(Feature.RING_PACKED),
         "in_order": int(Feature.IN_ORDER),
+        "ring_reset": int(Feature.RING_RESET),
     }
     if device_type in _TYPES:
         module, prefix = _TYPES[device_type]

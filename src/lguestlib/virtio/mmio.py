@@ -33,9 +33,6 @@ class MmioTransport(RegisterTransport):
     def __init__(self, device: Device, note: bool = True) -> None:
         super().__init__(device)
         self._noted = note
-        if note:
-            # Another process's queues begin anew with the device alone.
-            self.offered |= int(Feature.RING_RESET)
         self._readers = self._make_readers()
         self._writers = self._make_writers()
 

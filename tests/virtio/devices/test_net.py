@@ -58,7 +58,7 @@ def bits(*numbers: int) -> int:
 def offered(device: Net, withheld: int) -> int:
     """The features of its own that it offers without those *withheld*."""
     device.withheld |= withheld
-    return device.offered & ~int(RING_FEATURES)
+    return device.offered & device.features
 
 
 def test_what_it_offers_and_shows() -> None:

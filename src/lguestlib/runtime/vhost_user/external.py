@@ -69,7 +69,7 @@ class ExternalDevice(Device):
 
     @property
     def features(self) -> int:
-        return self._offered & ~int(RING_FEATURES)
+        return self._offered & _DEVICE_FEATURES
 
     @property
     def offered(self) -> int:
@@ -124,7 +124,7 @@ class ExternalDevice(Device):
 
     def shape(self, front_end: FrontEnd, config: bytes) -> tuple[int, tuple[str, ...]]:
         """The features to offer, and the names of the queues."""
-        return front_end.features & (_DEVICE_FEATURES | RING_FEATURES), ("requests",)
+        return front_end.features & (_DEVICE_FEATURES | RING_FEATURES | Feature.RING_RESET), ("requests",)
 
     def _read_config(self, front_end: FrontEnd) -> bytes:
         if not self.config_sizes:

@@ -4,18 +4,16 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from lguestlib.abi import virtio_config
 from lguestlib.abi import virtio_pci as abi
 from lguestlib.abi.layout import offset_of, size_of
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.effects import QueueStop, Reset
+from lguestlib.virtio.features import Feature
 from lguestlib.virtio.pci.effects import CONFIG, PciEffect, VectorAssigned
 from lguestlib.virtio.registers import AVAILABLE, DESCRIPTORS, USED, QueueRegisters, RegisterTransport
 
 ISR_QUEUE = 1
 ISR_CONFIG = abi.VIRTIO_PCI_ISR_CONFIG
-
-RING_RESET = 1 << virtio_config.VIRTIO_F_RING_RESET
 
 NOTIFY_OFF_MULTIPLIER = 4
 """Bytes between the notification addresses of two queues."""
@@ -132,7 +130,7 @@ class PciTransport(RegisterTransport):
                 registers[at(f"queue_{name}_{half}")] = _Register(
                     4, partial(self._address, part, high), partial(self._set_address, part, high)
                 )
-        if self.offered & RING_RESET:
+        if self.offered & Feature.RING_RESET:
             registers[abi.VIRTIO_PCI_COMMON_Q_RESET] = _Register(2, self._queue_resetting, self._reset_queue)
         return registers
 
@@ -192,11 +190,14 @@ class PciTransport(RegisterTransport):
 
     def _reset_queue(self, value: int) -> Sequence[PciEffect]:
         queue = self._queue()
-        if value != 1 or queue is None or not queue.ready or not self.features & RING_RESET:
+        if value != 1 or queue is None or not queue.ready or not self.features & Feature.RING_RESET:
             self.refused += 1
             return ()
-        self._stopping.add(self._selected)
-        return [QueueStop(self._selected)]
+        index = self._selected
+        self._stopping.add(index)
+        # Its vector is the reset's too, once the queue has nothing more to tell.
+        unassigned = self.assigned.pop(index, None) is not None
+        return [QueueStop(index), *([VectorAssigned(index, None)] if unassigned else [])]
 
 
 _STATUS = offset_of(abi.virtio_pci_common_cfg, "device_status")
