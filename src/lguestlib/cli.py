@@ -127,6 +127,8 @@ each device:
   --socket-path PATH   listen there; what is left there by a process that was killed is replaced
   --fd N               or serve the Unix socket inherited under this number
   --without NAME,...   do not offer these features (event_idx, indirect_desc, ring_packed, ...)
+  --with NAME,...      offer these, which are not otherwise (ring_reset: QEMU has it, and keeps it to
+                       itself when a guest resets a queue)
   --poll MICROSECONDS  look for work up to that long before a sleep, as long as that pays: saves
                        a busy queue its wake-ups, and costs a processor
   --print-capabilities what KIND can do, as JSON, and no more
@@ -545,6 +547,7 @@ def _served(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--socket-path", metavar="PATH", default="")
     parser.add_argument("--fd", type=_descriptor, metavar="N", default=-1)
     parser.add_argument("--without", type=_names, default=())
+    parser.add_argument("--with", type=_names, default=(), dest="offered")
     parser.add_argument("--poll", type=_microseconds, metavar="MICROSECONDS", default=0)
     parser.add_argument("--print-capabilities", action="store_true")
     parser.add_argument("--stats", type=_seconds, metavar="SECONDS", default=0.0)
@@ -610,7 +613,7 @@ def _served_device(given: argparse.Namespace) -> "ServedDevice":
         case _:
             device = Randomness()
     return ServedDevice(
-        device, given.socket_path, given.fd, given.without, 1000 * given.poll, given.processes
+        device, given.socket_path, given.fd, given.without, given.offered, 1000 * given.poll, given.processes
     )
 
 

@@ -357,6 +357,12 @@ def test_features_can_be_withheld(path: str) -> None:
             assert rng.queues[0].request([], [random]) == 4096
 
 
+@pytest.mark.parametrize(("words", "offered"), [((), False), (("--with", "ring_reset"), True)])
+def test_ring_reset_is_offered_to_those_who_ask_for_it(path: str, words: tuple[str, ...], offered: bool) -> None:
+    with serving("rng", "--socket-path", path, *words), VhostUserDevice.connect(path) as rng:
+        assert bool(rng.front_end.features & 1 << 40) is offered
+
+
 def test_calls_are_recorded(path: str, tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     with serving("rng", "--socket-path", path, "--trace", str(trace)):
@@ -399,6 +405,7 @@ FAILURES = [
     (["serve", "rng", "--fd", "99"], "--fd 99: Bad file descriptor ("),
     (["serve", "rng", "--fd", "0"], "--fd 0: "),
     (["serve", "rng", "--socket-path", "s", "--without", "csum"], "--without csum: rng0 offers no such feature ("),
+    (["serve", "rng", "--socket-path", "s", "--with", "csum"], "--with csum: rng0 withholds no such feature (but "),
 ]
 
 

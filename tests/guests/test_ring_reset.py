@@ -1,15 +1,18 @@
 """Rings of another size while a real Linux uses them: `ethtool -G` resets a card's queues one by one.
 
-With LGUESTLIB_LONG=1 also on nested KVM, where the queues are the launcher's own.
+With LGUESTLIB_LONG=1: on nested KVM, and in QEMU, which keeps such a reset from its back-end.
 """
 
 from pathlib import Path
 
 import pytest
-from guests.serving import LONG
-from linux import add_programs
+import sessions
+from guests.serving import LONG, serving
+from linux import Qemu, SocketDevice, add_programs
 from nested import GUEST_MODULES, NestedKvm
+from sessions import Namespace
 
+from lguestlib.abi.virtio_config import VIRTIO_F_RING_RESET
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.initramfs.archive import make_initramfs
 from lguestlib.runtime.initramfs.modules import resolve
@@ -30,9 +33,13 @@ exit 7
 SHOWN = [line for size in (128, 64, 256, 64) for line in (f"RX:{size}TX:{size // 2}", " 0% packet loss")]
 
 
-def test_the_queues_of_a_card_on_kvm_change_their_size_under_load(tmp_path: Path) -> None:
+@pytest.fixture(autouse=True)
+def only_long() -> None:
     if not LONG:
         pytest.skip("takes its time (LGUESTLIB_LONG=1 in the environment)")
+
+
+def test_the_queues_of_a_card_on_kvm_change_their_size_under_load(tmp_path: Path) -> None:
     kernel = real_kernel()
     [modules] = (kernel.parents[1] / "lib/modules").iterdir()
     try:
@@ -47,3 +54,23 @@ def test_the_queues_of_a_card_on_kvm_change_their_size_under_load(tmp_path: Path
         shown, status = machine.launch(f"{words} quiet ip=192.168.19.2::192.168.19.1:255.255.255.0 verdict=/dev/ttyS1")
     assert status == 7, shown
     assert [line for line in shown.splitlines() if line in SHOWN] == SHOWN, shown
+
+
+def test_a_guest_of_qemus_cannot_resize_what_its_back_end_would_not_be_told_of(tmp_path: Path) -> None:
+    sessions.root_or_skip()
+    with Namespace() as namespace:
+        namespace.call("ip", "tuntap", "add", "tap0", "mode", "tap")
+        namespace.call("ip", "link", "set", "tap0", "up")
+        namespace.call("ip", "address", "add", "10.0.0.1/24", "dev", "tap0")
+        card = tmp_path / "card"
+        words = ["net", f"--socket-path={card}", "--tap=tap0"]
+        with (
+            serving(*words, prefix=namespace.prefix),
+            Qemu([SocketDevice("net", card)], tmp_path, programs=["ethtool"]) as guest,
+        ):
+            guest.call("ip link set eth0 up && ip address add 10.0.0.2/24 dev eth0")
+            assert guest.call("cat /sys/class/net/eth0/device/features")[VIRTIO_F_RING_RESET] == "0"
+            for _ in range(2):
+                assert " 50 received" in namespace.call("ping", "-n", "-c", "50", "-i", "0.01", "10.0.0.2")
+                assert guest.command("ethtool -G eth0 rx 128 tx 64").status != 0
+            assert guest.end() == 0

@@ -244,6 +244,48 @@ def test_a_guest_is_offered_what_both_can_and_nothing_of_the_protocols_own(
     assert struct.unpack("<Q", told[-1].payload)[0] == guest.features | PROTOCOL_FEATURES
 
 
+def test_t4_a_queue_that_is_reset_begins_anew_over_there(
+    path: Path, memory: GuestMemory, reports: list[str], opened: ExitStack
+) -> None:
+    disk = Disk(path, lambda disk: Block(disk, num_queues=2))
+    opened.callback(disk.close)
+    guest = Guest(path, memory, reports)
+    opened.callback(guest.close)
+    features = guest.driver.negotiate(int(RING_FEATURES | Feature.RING_RESET) | MQ)
+    assert features & Feature.RING_RESET
+    layouts = [QueueLayout.contiguous(index, 16, GuestAddress(0x1000 * (index + 1))) for index in range(2)]
+    rings = [SplitDriverQueue[int](layout, memory, features) for layout in layouts]
+    for layout in layouts:
+        guest.driver.enable_queue(layout)
+    guest.driver.ready()
+
+    def write(index: int) -> None:
+        memory.write(HEADER, bytes(blk.virtio_blk_outhdr(blk.VIRTIO_BLK_T_OUT, 0, index)))
+        memory.write(STATUS, b"\xff")
+        rings[index].add([Buffer(HEADER, 16), Buffer(DATA, 512)], [Buffer(STATUS, 1)], 0)
+        if rings[index].kick_needed():
+            guest.runner.kicks[index].signal()
+        eventually(lambda: bool(rings[index].reap()), "the write's end")
+        assert memory.read(STATUS, 1) == b"\0"
+
+    for turn, size in enumerate((4, 64, 16)):
+        for index in (0, 1, 1):
+            write(index)
+        guest.driver.reset_queue(1)
+        rings[1].release()
+        # What was there is the guest's to use for other things now.
+        memory.write(layouts[1].descriptors, b"\xff" * 256)
+        write(0)
+        assert memory.read(layouts[1].descriptors, 256) == b"\xff" * 256
+        layouts[1] = QueueLayout.contiguous(1, size, GuestAddress(0x8000 + 0x1000 * turn))
+        rings[1] = SplitDriverQueue[int](layouts[1], memory, features)
+        guest.driver.enable_queue(layouts[1])
+    write(1)
+    for ring in rings:
+        ring.release()
+    assert reports == [] and disk.said == []
+
+
 def test_t8_every_ring_is_kicked_once_when_it_starts(
     path: Path, memory: GuestMemory, reports: list[str], opened: ExitStack
 ) -> None:

@@ -25,6 +25,7 @@ from lguestlib.virtio.device import Device
 from lguestlib.virtio.devices.block import Block
 from lguestlib.virtio.devices.console import Console
 from lguestlib.virtio.feature_names import feature_names
+from lguestlib.virtio.features import Feature
 
 DeviceType = TypeVar("DeviceType", bound=Device)
 
@@ -33,15 +34,16 @@ DeviceType = TypeVar("DeviceType", bound=Device)
 class ServedDevice:
     """A *device* behind the socket at *path*, or behind the one inherited as *fd*.
 
-    *without*: names of features that are not to be offered.  *poll*: nanoseconds for
-    which its queues' threads look for work before they sleep.  *processes*: each
-    queue, of a disk, in a process of its own.
+    *without*: names of features that are not to be offered; *offered*: of those that are,
+    beside what is by default.  *poll*: nanoseconds for which its queues' threads look for
+    work before they sleep.  *processes*: each queue, of a disk, in a process of its own.
     """
 
     device: DeviceOption | TerminalConsole
     path: str = ""
     fd: int = -1
     without: tuple[str, ...] = ()
+    offered: tuple[str, ...] = ()
     poll: int = 0
     processes: bool = False
 
@@ -143,8 +145,10 @@ class Serving:
             kind = attachment.kind
             counts[kind] = number = counts.get(kind, -1) + 1
             device = attachment.device(number)
-            # The front-end chooses.
-            device.withheld = 0
+            # The front-end chooses.  But QEMU 7.2 lets a guest have RING_RESET and tells nobody of
+            # the reset: what is served then is a ring whose memory the guest uses for something else.
+            device.withheld = int(Feature.RING_RESET)
+            _offer(device, served.offered)
             _withhold(device, served.without)
             processes = None
             image = served.device
@@ -242,6 +246,14 @@ def _processes(device: Device, image: DiskImage, fd: int, poll: int, say: Callab
         return QueueProcesses(list(zip(queues, names)), say)
     except OSError as error:
         raise LaunchError(f"--processes: {error.strerror}") from None
+
+
+def _offer(device: Device, names: Sequence[str]) -> None:
+    known = feature_names(device.device_type, device.withheld)
+    for name in names:
+        if name not in known:
+            raise LaunchError(f"--with {name}: {device.name} withholds no such feature (but {', '.join(known)})")
+        device.withheld &= ~known[name]
 
 
 def _withhold(device: Device, names: Sequence[str]) -> None:
