@@ -25,6 +25,7 @@ from lguestlib.virtio.devices.block import Block
 from lguestlib.virtio.devices.console import Console
 from lguestlib.virtio.devices.entropy import Entropy
 from lguestlib.virtio.devices.net import Net
+from lguestlib.virtio.features import Feature
 from lguestlib.virtio.split_driver import Buffer
 
 MEMORY = 16 << 20
@@ -118,6 +119,35 @@ def test_a_program_drives_a_device_and_its_outcome_is_the_machines() -> None:
         machine.start()
         assert machine.wait() == PowerOff(4)
         assert machine.memory.read(GuestAddress(0x2000), 4) == b"haha"
+
+
+@pytest.mark.parametrize("kind", [0, int(Feature.RING_PACKED)], ids=["split", "packed"])
+def test_a_notification_may_carry_what_the_ring_says(kind: int) -> None:
+    """Through the registers, and through more than one lap."""
+    wanted = int(Feature.NOTIFICATION_DATA) | kind
+
+    def program(machine: InprocessMachine) -> Outcome:
+        pages = Pages(GuestAddress(0x10_0000))
+        device = GuestDevice("doubler", machine.runners[0], machine.memory, pages, wanted)
+        device.start()
+        assert device.features & wanted == wanted
+        room, queue = Buffer(GuestAddress(0x2000), 16), device.queues[0]
+        for turn in range(200):
+            machine.memory.write(GuestAddress(0x1000), b"%3d" % turn)
+            queue.submit([Buffer(GuestAddress(0x1000), 3)], [room], room)
+            while not queue.reap():
+                if not queue.ring.enable_interrupts():
+                    machine.wait_for_interrupt()
+            assert machine.memory.read(room.address, 6) == b"%3d" % turn * 2
+        device.release()
+        return PowerOff(queue.kicks > 0)
+
+    with InprocessMachine(GuestMemory.anonymous(MEMORY), program, print) as machine:
+        doubler = Doubler("doubler")
+        doubler.withheld = 0
+        machine.add(doubler)
+        machine.start()
+        assert machine.wait() == PowerOff(1)
 
 
 def test_a_program_that_raises_is_a_crash() -> None:

@@ -60,13 +60,13 @@ class Echo(Device):
 class Guest:
     """The driver: what the specification tells it to do, access by access."""
 
-    def __init__(self, memory: GuestMemory) -> None:
+    def __init__(self, memory: GuestMemory, doorbell_length: int = 0) -> None:
         self.wires = FakeWires()
         self.pins: list[bool] = []
         self.reports: list[str] = []
         self.memory = memory
         self.device = Echo()
-        self.registers = PciRegisters(self.device, self.wires, Routes(self.wires), self.pins.append)
+        self.registers = PciRegisters(self.device, self.wires, Routes(self.wires), self.pins.append, doorbell_length)
         self.runner = PciDeviceRunner(self.device, self.registers, memory, self.reports.append)
         self.rings: list[SplitDriverQueue[int]] = []
 
@@ -334,6 +334,27 @@ def test_t4_a_driver_may_reset_a_queue_and_leave_it(guest: Guest) -> None:
     assert queue_threads() == ["echo work1"]
     guest.put(COMMON_AT + 20, "B", 0)
     assert guest.get(COMMON_AT + 20, "B") == 0 and queue_threads() == []
+
+
+def test_a_notification_with_data_is_for_the_queue_whose_address_it_is(guest: Guest) -> None:
+    guest.decode()
+    guest.start(features=int(RING_FEATURES | Feature.NOTIFICATION_DATA))
+    kicks = guest.runner.counters
+    for data in (0x0001_0001, 0x8001_0000, 0xFFFF_FFFF):
+        before = [counters.kicks for counters in kicks]
+        guest.put(NOTIFY_AT + 4, "I", data)
+        eventually(lambda: kicks[1].kicks > before[1], "the kick")
+        assert kicks[0].kicks == before[0]
+    guest.request(1, b"hello")
+    assert used(guest, 1) == b"hello"
+
+
+def test_data_are_offered_where_a_notification_of_any_width_rings_the_doorbell() -> None:
+    for length, offered in ((0, True), (2, False)):
+        with GuestMemory.anonymous(1 << 20) as memory:
+            guest = Guest(memory, length)
+            assert bool(guest.registers.function.transport.offered & Feature.NOTIFICATION_DATA) is offered
+            guest.close()
 
 
 def test_t8_a_kick_before_driver_ok_is_served_when_the_thread_is_there(guest: Guest) -> None:

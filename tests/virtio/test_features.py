@@ -8,7 +8,7 @@ def test_the_bits_are_the_specifications() -> None:
     bits = {feature.name: feature.bit_length() - 1 for feature in Feature}
     assert bits == {
         "NOTIFY_ON_EMPTY": 24, "RING_INDIRECT_DESC": 28, "RING_EVENT_IDX": 29, "VERSION_1": 32, "RING_PACKED": 34,
-        "IN_ORDER": 35, "RING_RESET": 40,
+        "IN_ORDER": 35, "NOTIFICATION_DATA": 38, "RING_RESET": 40,
     }  # fmt: skip
 
 

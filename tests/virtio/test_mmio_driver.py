@@ -29,6 +29,8 @@ class Bus:
         self.effects: list[Effect] = []
         self.overrides: dict[int, Callable[[int], int]] = {}
         """Registers whose value is made into another."""
+        self.written: dict[int, int] = {}
+        """What each register was written last."""
 
     def read(self, offset: int, size: int) -> bytes:
         data = self.transport.read(offset, size)
@@ -37,6 +39,7 @@ class Bus:
         return data
 
     def write(self, offset: int, data: bytes) -> None:
+        self.written[offset] = int.from_bytes(data, "little")
         effect = self.transport.write(offset, data)
         if effect is None:
             return
@@ -76,6 +79,15 @@ def test_a_device_is_brought_up_in_the_order_of_the_specification(bus: Bus) -> N
     assert bus.transport.refused == 0
     driver.reset()
     assert driver.status == 0 and bus.effects[-1] == Reset()
+
+
+def test_a_notification_says_where_the_driver_goes_on_where_that_was_agreed_on(bus: Bus) -> None:
+    bus.transport.offered |= int(Feature.NOTIFICATION_DATA)
+    driver = MmioDriver(bus)
+    for features, expected in ((0, 1), (Feature.NOTIFICATION_DATA, 0x8005_0001)):
+        driver.negotiate(int(Feature.VERSION_1 | features))
+        driver.notify(1, 0x8005)
+        assert bus.written[abi.VIRTIO_MMIO_QUEUE_NOTIFY] == expected and bus.effects[-1] == Notify(1)
 
 
 def test_what_is_offered_is_all_64_bits(bus: Bus) -> None:

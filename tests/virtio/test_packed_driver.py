@@ -88,6 +88,16 @@ def test_a_chain_is_written_as_the_specification_has_it() -> None:
             assert (driver.free, driver.in_flight) == (3, 0)
 
 
+def test_what_comes_next_is_a_position_and_the_wrap_counter() -> None:
+    with pair(3) as made:
+        told = []
+        for turn in range(8):
+            told.append(made.driver.next_available)
+            made.use(made.driver.add([buffer(0)], [], turn), 0)
+            made.driver.reap()
+        assert told == [0x8000, 0x8001, 0x8002, 0, 1, 2, 0x8000, 0x8001]
+
+
 def test_an_indirect_chain_takes_one_descriptor() -> None:
     with pair() as made:
         number = made.driver.add([buffer(0)], [buffer(1), buffer(2)], 5, TABLE_AT)

@@ -75,6 +75,14 @@ def test_a_chain_is_written_as_the_specification_has_it() -> None:
         assert (ring.avail_idx, driver.free, driver.in_flight) == (2, 4, 2)
 
 
+def test_what_comes_next_is_the_available_index() -> None:
+    with both() as made:
+        for turn in range(0x1_0002):
+            assert made.driver.next_available == made.ring.avail_idx == turn & 0xFFFF
+            made.use((made.driver.add([buffer()], [], turn), 0))
+            made.driver.reap()
+
+
 def test_an_indirect_chain_takes_one_descriptor() -> None:
     with both(WITH_INDIRECT) as made:
         made.memory.write(GuestAddress(TABLES_AT), b"\xff" * 256)

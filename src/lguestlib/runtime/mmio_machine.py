@@ -22,6 +22,11 @@ DEVICES_MAX = 64
 class MmioMachine(Machine[MmioRunner]):
     """Base of `lguestlib.runtime.kvm` and `lguestlib.runtime.inprocess`."""
 
+    # Not NOTIFICATION_DATA where a queue's number is matched by KVM: with more beside it each
+    # notification would leave the guest.
+    transport_features = 0
+    """What its devices are offered with beside their own features."""
+
     def add(self, device: Device) -> MmioRunner:
         """Put *device* on the bus, behind those before it.
 
@@ -40,8 +45,9 @@ class MmioMachine(Machine[MmioRunner]):
 
     def _runner(self, device: Device) -> MmioRunner:
         return mmio_runner(
-            device, self.memory, self.report, self.tracer, lambda: self._stopping, self._interrupt_fd()
-        )
+            device, self.memory, self.report, self.tracer, lambda: self._stopping, self._interrupt_fd(),
+            self.transport_features,
+        )  # fmt: skip
 
     def address_of(self, slot: int) -> GuestAddress:
         """The guest-physical address of the registers of the device in *slot*."""
@@ -68,8 +74,9 @@ def mmio_runner(
     tracer: Tracer | None,
     give_up: Callable[[], bool],
     interrupt_fd: int | None = None,
+    own: int = 0,
 ) -> MmioRunner:
     """What runs *device* behind virtio-mmio registers, here or in another process; *give_up* as there."""
     if isinstance(device, ExternalDevice):
-        return ExternalDeviceRunner(device, memory, report, give_up, interrupt_fd)
-    return MmioDeviceRunner(device, memory, report, tracer, interrupt_fd)
+        return ExternalDeviceRunner(device, memory, report, give_up, interrupt_fd, own)
+    return MmioDeviceRunner(device, memory, report, tracer, interrupt_fd, own)

@@ -15,7 +15,7 @@ class MmioDeviceRunner(DeviceRunner):
     """Runs *device* on guest *memory* as its driver asks through the registers of `transport`.
 
     It has one interrupt for all queues: through *interrupt_fd*, if there is one to use,
-    which becomes the runner's.
+    which becomes the runner's.  *own* features are the transport's.
     """
 
     def __init__(
@@ -25,8 +25,9 @@ class MmioDeviceRunner(DeviceRunner):
         report: Callable[[str], None],
         tracer: Tracer | None = None,
         interrupt_fd: int | None = None,
+        own: int = 0,
     ) -> None:
-        self.transport = MmioTransport(device)
+        self.transport = MmioTransport(device, own=own)
         self.interrupt = EventfdInterrupt(self.transport.used_buffer, interrupt_fd, tracer)
         interrupts = [self.interrupt] * len(device.queues())
         super().__init__(device, self.transport, memory, interrupts, report, tracer)

@@ -28,6 +28,10 @@ class DriverQueue(Protocol[Token]):
     def in_flight(self) -> int:
         """Chains the device has."""
 
+    @property
+    def next_available(self) -> int:
+        """Where the next chain will be made available, as a notification tells it, 16 bits (virtio 1.3, 2.9)."""
+
     def add(
         self,
         readable: Sequence[Buffer],

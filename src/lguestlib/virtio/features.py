@@ -14,4 +14,5 @@ class Feature(IntFlag):
     VERSION_1 = 1 << virtio_config.VIRTIO_F_VERSION_1
     RING_PACKED = 1 << virtio_config.VIRTIO_F_RING_PACKED
     IN_ORDER = 1 << virtio_config.VIRTIO_F_IN_ORDER
+    NOTIFICATION_DATA = 1 << virtio_config.VIRTIO_F_NOTIFICATION_DATA
     RING_RESET = 1 << virtio_config.VIRTIO_F_RING_RESET

@@ -30,8 +30,8 @@ class MmioTransport(RegisterTransport):
     some notifications are spurious, which drivers handle (virtio 1.3, 2.7.7.1).
     """
 
-    def __init__(self, device: Device, note: bool = True) -> None:
-        super().__init__(device)
+    def __init__(self, device: Device, note: bool = True, own: int = 0) -> None:
+        super().__init__(device, own)
         self._noted = note
         self._readers = self._make_readers()
         self._writers = self._make_writers()
@@ -91,7 +91,7 @@ class MmioTransport(RegisterTransport):
             abi.VIRTIO_MMIO_QUEUE_SEL: self._select_queue,
             abi.VIRTIO_MMIO_QUEUE_NUM: self._queue_num,
             abi.VIRTIO_MMIO_QUEUE_READY: self._set_queue_ready,
-            abi.VIRTIO_MMIO_QUEUE_NOTIFY: self._notify,
+            abi.VIRTIO_MMIO_QUEUE_NOTIFY: self._notify_queue,
             abi.VIRTIO_MMIO_INTERRUPT_ACK: self._acknowledge,
             abi.VIRTIO_MMIO_STATUS: self._set_status,
             abi.VIRTIO_MMIO_SHM_SEL: lambda value: None,
@@ -114,6 +114,10 @@ class MmioTransport(RegisterTransport):
             self.refused += value != 0
             return None
         return self._enable_queue()
+
+    def _notify_queue(self, value: int) -> Effect | None:
+        # Where the driver will go on, in the high half, is what it says: the ring is looked at (2.9).
+        return self._notify(value & 0xFFFF if self.features & Feature.NOTIFICATION_DATA else value)
 
     def _queue_reset(self) -> int:
         # It is over when the write that begins it is.

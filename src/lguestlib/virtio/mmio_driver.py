@@ -4,6 +4,7 @@ from typing import Protocol
 
 from lguestlib.abi import virtio_mmio as abi
 from lguestlib.virtio.errors import VirtioError
+from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import QueueLayout
 from lguestlib.virtio.mmio import MAGIC, VERSION
 from lguestlib.virtio.status import Status
@@ -34,6 +35,7 @@ class MmioDriver:
 
     def __init__(self, registers: Registers) -> None:
         self._registers = registers
+        self._features = 0
         magic, version = self._get(abi.VIRTIO_MMIO_MAGIC_VALUE), self._get(abi.VIRTIO_MMIO_VERSION)
         if (magic, version) != (MAGIC, VERSION):
             raise DeviceRefused(f"virtio-mmio: magic {magic:#x}, version {version}: not a device of version 2")
@@ -60,6 +62,7 @@ class MmioDriver:
         if not self.status & Status.FEATURES_OK:
             self._set_status(status | Status.FAILED)
             raise DeviceRefused(f"virtio-mmio: the device does not accept the features {features:#x}")
+        self._features = features
         return features
 
     def offered(self) -> int:
@@ -105,9 +108,13 @@ class MmioDriver:
         """DRIVER_OK: the device is live from here."""
         self._set_status(self.status | Status.DRIVER_OK)
 
-    def notify(self, index: int) -> None:
-        """Notify the device of new chains in queue *index* (virtio 1.3, 4.2.3.3)."""
-        self._put(abi.VIRTIO_MMIO_QUEUE_NOTIFY, index)
+    def notify(self, index: int, next_available: int = 0) -> None:
+        """Notify the device of new chains in queue *index* (virtio 1.3, 4.2.3.3).
+
+        With NOTIFICATION_DATA it is told of the ring's *next_available*, too.
+        """
+        data = next_available << 16 if self._features & Feature.NOTIFICATION_DATA else 0
+        self._put(abi.VIRTIO_MMIO_QUEUE_NOTIFY, index | data)
 
     def take_interrupt(self) -> int:
         """What the device interrupts for, VIRTIO_MMIO_INT_*, acknowledged; 0 for nothing (4.2.3.4.1)."""

@@ -86,6 +86,11 @@ class PackedDriverQueue(Generic[Token]):
         """Chains the device has."""
         return len(self._in_flight)
 
+    @property
+    def next_available(self) -> int:
+        """Where the next chain will be made available, as a notification tells it, 16 bits (virtio 1.3, 2.9)."""
+        return off_wrap(self._next, self.size)
+
     def add(
         self,
         readable: Sequence[Buffer],

@@ -35,14 +35,17 @@ class QueueRegisters:
 
 
 class RegisterTransport:
-    """Base of `MmioTransport` and `PciTransport`: the state of *device*, and what driver and owner do to it."""
+    """Base of `MmioTransport` and `PciTransport`: the state of *device*, and what driver and owner do to it.
+
+    Beside the device's it offers *own* features: the transport's, which are no matter of who serves the queues.
+    """
 
     GENERATION_MASK = 0xFFFF_FFFF
     """The bits of the config space's generation that the driver sees."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, own: int = 0) -> None:
         self.device = device
-        self.offered = device.offered
+        self.offered = device.offered | own & ~device.withheld
         self.refused = 0
         """Accesses the specification does not allow, all of them ignored."""
         self._maxima = [queue.size for queue in device.queues()]

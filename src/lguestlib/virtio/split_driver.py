@@ -95,6 +95,11 @@ class SplitDriverQueue(Generic[Token]):
         """Chains the device has."""
         return len(self._in_flight)
 
+    @property
+    def next_available(self) -> int:
+        """Where the next chain will be made available, as a notification tells it, 16 bits (virtio 1.3, 2.9)."""
+        return self._available & 0xFFFF
+
     def add(
         self,
         readable: Sequence[Buffer],

@@ -78,7 +78,7 @@ static void enable(struct virtqueue *queue)
 
 static void notify(struct virtqueue *queue)
 {
-    write32(queue->device->registers + QUEUE_NOTIFY, queue->number);
+    write32(queue->device->registers + QUEUE_NOTIFY, queue_notification(queue));
 }
 
 static uint32_t generation(struct virtio_device *device)

@@ -120,7 +120,10 @@ static void enable(struct virtqueue *queue)
 
 static void notify(struct virtqueue *queue)
 {
-    write16(queue->doorbell, queue->number);
+    if (virtio_has(queue->device, VIRTIO_F_NOTIFICATION_DATA))
+        write32(queue->doorbell, queue_notification(queue));
+    else
+        write16(queue->doorbell, queue->number);
 }
 
 static uint32_t generation(struct virtio_device *device)

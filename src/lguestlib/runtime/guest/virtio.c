@@ -19,6 +19,7 @@
 const struct feature ring_features[] = {
     {VIRTIO_F_EVENT_IDX, "EVENT_IDX"},
     {VIRTIO_F_VERSION_1, "VERSION_1"},
+    {VIRTIO_F_NOTIFICATION_DATA, "NOTIFICATION_DATA"},
     {0, NULL},
 };
 
@@ -249,6 +250,13 @@ static bool wants_kick(struct virtqueue *queue, uint16_t old, uint16_t new)
     if (virtio_has(queue->device, VIRTIO_F_EVENT_IDX))
         return (uint16_t)(new - *avail_event(queue) - 1) < (uint16_t)(new - old);
     return !(queue->used->flags & USED_F_NO_NOTIFY);
+}
+
+uint32_t queue_notification(const struct virtqueue *queue)
+{
+    bool with_data = virtio_has(queue->device, VIRTIO_F_NOTIFICATION_DATA);
+
+    return queue->number | (with_data ? (uint32_t)queue->next_available << 16 : 0);
 }
 
 void queue_kick(struct virtqueue *queue)

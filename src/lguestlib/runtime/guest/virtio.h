@@ -21,6 +21,7 @@ struct feature {
 
 #define VIRTIO_F_EVENT_IDX 29
 #define VIRTIO_F_VERSION_1 32
+#define VIRTIO_F_NOTIFICATION_DATA 38
 
 /* Written by the driver alone. */
 struct descriptor {
@@ -174,6 +175,9 @@ struct buffer {
 
 /* Make a chain available; there have to be count free descriptors. */
 void queue_add(struct virtqueue *queue, const struct buffer *buffers, uint32_t count);
+
+/* What the device is notified with: where the next chain will be, too, if it wants to know (2.9). */
+uint32_t queue_notification(const struct virtqueue *queue);
 
 /* Notify the device of what was added, if it wants to know. */
 void queue_kick(struct virtqueue *queue);

@@ -1,6 +1,7 @@
 """One device as the guest drives it: its registers, its rings, and the pages they are in."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 from lguestlib.abi.virtio_mmio import VIRTIO_MMIO_INT_CONFIG
@@ -92,8 +93,9 @@ class GuestDevice:
         self.driver = MmioDriver(runner)
         self.features = 0
         self.interrupts = 0
+        self._signals = [kick.signal for kick in runner.kicks]
         self.queues = [
-            GuestQueue(index, queue.name, pages, runner.kicks[index].signal)
+            GuestQueue(index, queue.name, pages, partial(self._notify, index))
             for index, queue in enumerate(runner.queues)
         ]
         self._wanted = wanted | (RING_FEATURES & ~Feature.RING_INDIRECT_DESC)
@@ -105,6 +107,13 @@ class GuestDevice:
             queue.start(self.memory, self.features)
             self.driver.enable_queue(queue.layout)
         self.driver.ready()
+
+    def _notify(self, index: int) -> None:
+        """Notify the device of what is new in queue *index*: with what it says, or as an ioeventfd would."""
+        if self.features & Feature.NOTIFICATION_DATA:
+            self.driver.notify(index, self.queues[index].ring.next_available)
+        else:
+            self._signals[index]()
 
     def stop(self) -> None:
         """Reset the device and let go of the rings."""

@@ -10,6 +10,7 @@ from lguestlib.runtime.machine import Outcome, Stopped
 from lguestlib.runtime.mmio_machine import MmioMachine
 from lguestlib.runtime.runner import MmioRunner
 from lguestlib.runtime.trace import Tracer
+from lguestlib.virtio.features import Feature
 
 Program = Callable[["InprocessMachine"], Outcome]
 """What the guest does: drives the machine's devices and returns how it ended."""
@@ -24,6 +25,8 @@ class InprocessMachine(MmioMachine):
 
     The guest's processor has one interrupt pin: `wait_for_interrupt` is its HLT.
     """
+
+    transport_features = int(Feature.NOTIFICATION_DATA)
 
     def __init__(
         self,

@@ -189,6 +189,7 @@ class PcMachine(Machine[PcRunner]):
         slot = len(self.runners)
         if slot == MMIO_DEVICES_MAX:
             raise ValueError(f"{device.name}: the bus has no room for more than {MMIO_DEVICES_MAX} devices")
+        # Without NOTIFICATION_DATA: what KVM matches is the queue's number alone.
         runner = mmio_runner(device, self.memory, self.report, self.tracer, lambda: self._stopping)
         notify = GuestAddress(self._mmio_range(slot).start + VIRTIO_MMIO_QUEUE_NOTIFY)
         try:

@@ -11,6 +11,7 @@ from lguestlib.runtime.pc.vectors import Routes, Vectors, Wires
 from lguestlib.runtime.trace import Tracer
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.effects import DriverReady, Effect, Notify, QueueReady, QueueStop, Reset
+from lguestlib.virtio.features import Feature
 from lguestlib.virtio.pci.effects import (
     CONFIG,
     BarMoved,
@@ -83,7 +84,9 @@ class PciRegisters:
         doorbell_length: int = 0,
         tracer: Tracer | None = None,
     ) -> None:
-        self.function = PciFunction(device)
+        # A doorbell of one length alone would be rung in vain: each notification would leave the guest.
+        any_length = doorbell_length == 0
+        self.function = PciFunction(device, own=int(Feature.NOTIFICATION_DATA) if any_length else 0)
         self.config_interrupt = PciInterrupt(self._update_pin, tracer)
         self.interrupts = [PciInterrupt(self._assert_pin, tracer) for _ in device.queues()]
         """Of each queue."""

@@ -233,7 +233,7 @@ class ExternalRunner:
     def _start_all(self) -> None:
         try:
             front_end = self._reach()
-            front_end.share(self._memory, self._transport.features)
+            front_end.share(self._memory, self._transport.features & self.device.offered)
         except BackEndError as error:
             self._unreachable(error)
             return
@@ -442,8 +442,9 @@ class ExternalDeviceRunner(ExternalRunner):
         report: Callable[[str], None],
         give_up: Callable[[], bool] = lambda: False,
         interrupt_fd: int | None = None,
+        own: int = 0,
     ) -> None:
-        self.transport = MmioTransport(device, note=False)
+        self.transport = MmioTransport(device, note=False, own=own)
         self.interrupt = EventfdInterrupt(self.transport.used_buffer, interrupt_fd)
         calls = [self.interrupt.fd] * len(device.queues())
         try:

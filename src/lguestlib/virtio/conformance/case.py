@@ -443,12 +443,13 @@ class ConversationCase(Case):
 
 @dataclass(frozen=True)
 class Access:
-    """A register access: *write* a value, or read and find *expect*."""
+    """A register access: *write* a value, or read and find *expect*; *notifies* is a queue, -1 for none."""
 
     offset: int
     write: int | None = None
     expect: int | None = None
     size: int = 4
+    notifies: int = -1
 
 
 @dataclass(frozen=True)

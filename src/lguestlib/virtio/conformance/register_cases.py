@@ -33,6 +33,10 @@ def _accepted(features: int) -> tuple[Access, ...]:
     )  # fmt: skip
 
 
+def _notify(value: int, queue: int) -> Access:
+    return Access(mmio.VIRTIO_MMIO_QUEUE_NOTIFY, write=value, notifies=queue)
+
+
 _AGREED = _accepted(int(Feature.VERSION_1))
 
 REGISTER_CASES: tuple[Case, ...] = (
@@ -77,6 +81,14 @@ REGISTER_CASES: tuple[Case, ...] = (
     RegisterCase(("T6",), "a page of features that does not exist", "4.2.2", (
         _put(mmio.VIRTIO_MMIO_DEVICE_FEATURES_SEL, 2), _get(mmio.VIRTIO_MMIO_DEVICE_FEATURES, 0),
         _put(mmio.VIRTIO_MMIO_DEVICE_FEATURES_SEL, 0xFFFF_FFFF), _get(mmio.VIRTIO_MMIO_DEVICE_FEATURES, 0),
+    )),
+    RegisterCase(("T6",), "a notification with data is for the queue in its low half alone", "4.2.3.3", (
+        *_accepted(int(Feature.VERSION_1 | Feature.NOTIFICATION_DATA)),
+        _notify(1, 1), _notify(0x8005_0001, 1), _notify(0xFFFF_0000, 0), _notify(0x0001_0002, 2),
+        _notify(0x0000_0003, -1), _notify(0x8000_FFFF, -1), _notify(0xFFFF_FFFF, -1),
+    )),
+    RegisterCase(("T6",), "a notification is a queue's number where data were not agreed on", "4.2.3.3", (
+        *_AGREED, _notify(2, 2), _notify(0x1_0000, -1), _notify(0x8001_0001, -1),
     )),
     RegisterCase(("T6",), "a queue is not ready before features are agreed", "4.2.3.2", (
         _put(mmio.VIRTIO_MMIO_QUEUE_SEL, 0), _put(mmio.VIRTIO_MMIO_QUEUE_NUM, 8),

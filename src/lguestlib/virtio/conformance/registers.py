@@ -6,6 +6,8 @@ from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.conformance.case import RegisterCase
 from lguestlib.virtio.conformance.register_cases import DEVICE_FEATURE, QUEUE_SIZES
 from lguestlib.virtio.device import Device, Queue
+from lguestlib.virtio.effects import Notify
+from lguestlib.virtio.features import Feature
 from lguestlib.virtio.mmio import MmioTransport
 
 
@@ -31,11 +33,14 @@ class _Idle(Device):
 
 def run_registers(case: RegisterCase) -> list[str]:
     """What was wrong, which is nothing as a rule."""
-    transport = MmioTransport(_Idle())
+    transport = MmioTransport(_Idle(), own=int(Feature.NOTIFICATION_DATA))
     problems = []
     for access in case.accesses:
         if access.write is not None:
-            transport.write(access.offset, access.write.to_bytes(access.size, "little"))
+            effect = transport.write(access.offset, access.write.to_bytes(access.size, "little"))
+            notified = effect.index if isinstance(effect, Notify) else -1
+            if notified != access.notifies:
+                problems.append(f"{access.write:#x} at {access.offset:#05x} notifies {notified}, not {access.notifies}")
         if access.expect is not None:
             found = int.from_bytes(transport.read(access.offset, access.size), "little")
             if found != access.expect:

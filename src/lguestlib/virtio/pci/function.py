@@ -52,20 +52,20 @@ class _Window(NamedTuple):
 
 
 class PciFunction:
-    """*device* on a PCI bus, interrupting by pin *pin* (1 for INTA) where MSI-X is not enabled.
+    """*device* on a PCI bus, interrupting by pin *pin* (1 for INTA) where MSI-X is not enabled; *own* features besides.
 
     Accesses by any number of threads, one at a time.  What an access asks of the
     owner is in `take_effects` when it is over.  Raises ValueError for more queues
     than there are vectors for.
     """
 
-    def __init__(self, device: Device, pin: int = 1) -> None:
+    def __init__(self, device: Device, pin: int = 1, own: int = 0) -> None:
         queues = len(device.queues())
         if queues > QUEUES_MAX:
             raise ValueError(f"{device.name}: {queues} queues, a PCI function has room for {QUEUES_MAX}")
         self.device = device
         self.msix = MsixTable(queues + 1)
-        self.transport = PciTransport(device, self.msix.count)
+        self.transport = PciTransport(device, self.msix.count, own)
         self.config = ConfigSpace(
             Identity(
                 VENDOR, DEVICE_BASE + device.device_type, CLASSES.get(device.device_type, CLASS_OTHER), REVISION,

@@ -29,7 +29,7 @@ class _Register(NamedTuple):
 
 
 class PciTransport(RegisterTransport):
-    """The registers of *device*, which interrupts by one of *vectors* vectors for each source.
+    """The registers of *device*, which interrupts by one of *vectors* vectors for each source; *own* as in the base.
 
     A register of the common configuration is accessed as wide as it is, one of 64
     bits by halves; anything else reads as zeros or does nothing, and is *refused*
@@ -38,8 +38,8 @@ class PciTransport(RegisterTransport):
 
     GENERATION_MASK = 0xFF
 
-    def __init__(self, device: Device, vectors: int) -> None:
-        super().__init__(device)
+    def __init__(self, device: Device, vectors: int, own: int = 0) -> None:
+        super().__init__(device, own)
         self._vectors = vectors
         self._common = self._make_common()
 
@@ -88,7 +88,10 @@ class PciTransport(RegisterTransport):
             self.device.write_config(offset, data)
 
     def notify(self, offset: int) -> Sequence[PciEffect]:
-        """The driver writes to the notification region at *offset*; which queue, the address says (4.1.4.4)."""
+        """The driver writes to the notification region at *offset*; which queue, the address says (4.1.4.4).
+
+        What it writes, of whatever width, says nothing that the address or the ring does not (4.1.5.2.1).
+        """
         index, rest = divmod(offset, NOTIFY_OFF_MULTIPLIER)
         if rest or self._resetting:
             self.refused += 1
