@@ -131,10 +131,12 @@ def test_requests_that_come_back_in_another_order_are_told_apart(features: int) 
     line.close()
 
 
-@pytest.mark.parametrize("wanted", [PACKED, PACKED_EVENT | int(Feature.RING_INDIRECT_DESC)])
+@pytest.mark.parametrize(
+    "wanted", [PACKED, PACKED | int(Feature.IN_ORDER), PACKED_EVENT | int(Feature.RING_INDIRECT_DESC)]
+)
 def test_a_front_end_of_ours_has_packed_rings_where_it_wants_them(wanted: int) -> None:
     slow = Slow()
-    slow.withheld = int(RING_FEATURES) & ~wanted
+    slow.withheld = int(RING_FEATURES | Feature.IN_ORDER) & ~wanted
     slow.go.set()
     with behind(slow, queues=2, wanted=wanted) as driven:
         assert driven.features == wanted

@@ -170,14 +170,15 @@ class Slow(Device):
 
 
 @pytest.mark.parametrize(
-    "withheld", [0, int(Feature.RING_EVENT_IDX), int(RING_FEATURES & ~Feature.VERSION_1)]
+    "withheld",
+    [0, int(Feature.IN_ORDER), int(Feature.RING_EVENT_IDX), int(RING_FEATURES & ~Feature.VERSION_1)],
 )
 def test_many_requests_in_flight_come_back_by_their_numbers(withheld: int) -> None:
     slow = Slow()
     slow.withheld = withheld
     slow.go.set()
     with behind(slow, queues=2) as driven:
-        assert driven.features == int(RING_FEATURES) & ~withheld
+        assert driven.features == int(RING_FEATURES | Feature.IN_ORDER) & ~withheld
         rooms = {}
         for turn in range(40):
             for queue in driven.queues:

@@ -204,6 +204,14 @@ class NotInFlight(ChainError):
 
 
 @dataclass(eq=False)
+class UsedOutOfOrder(ChainError):
+    """With IN_ORDER: a chain returned with fewer used than were made available up to it (virtio 1.3, 2.7.9)."""
+
+    ahead: int
+    reason: ClassVar[str] = "returned ahead of chains that come before it"
+
+
+@dataclass(eq=False)
 class UsedIndexError(QueueError):
     """used.idx is further ahead than there are chains in flight, seen by a driver."""
 

@@ -5,6 +5,7 @@ a time may use a queue.  A device that misbehaves raises QueueError.
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Generic, NamedTuple, TypeVar
 
 from lguestlib.abi.virtio_ring import (
@@ -63,6 +64,7 @@ class PackedDriverQueue(Generic[Token]):
         self._driver_event = driver_event.cast("H")
         self._device_event = device_event.cast("H")
         self._event_idx = bool(features & Feature.RING_EVENT_IDX)
+        self._in_order = bool(features & Feature.IN_ORDER)
         self._fence = new_fence()
         # Off x86 it is a full fence, which stands before flags that are written, too (S20, S23).
         self._order = new_acquire()
@@ -165,7 +167,9 @@ class PackedDriverQueue(Generic[Token]):
 
         Raises NotInFlight or UsedLengthError for a device that returns what it was
         not given.  Good ones before it come first.  The queue has gone past it, by as
-        many descriptors as the chain has, or as one element takes.
+        many descriptors as the chain has, or as one element takes.  With IN_ORDER a
+        device may tell of the last chain of a batch alone: those before it count as
+        written in full (2.8.8).
         """
         reaped = [] if self._fault else self._reap()
         if self._fault and not reaped:
@@ -183,6 +187,14 @@ class PackedDriverQueue(Generic[Token]):
             slot = self._used % self.size
             number: int = self._ids[slot]
             written: int = self._lengths[slot]
+            if self._in_order and number in self._in_flight:
+                # A dictionary is in the order in which its keys were added.
+                for other in [*takewhile(lambda other: other != number, self._in_flight)]:
+                    skipped = self._in_flight.pop(other)
+                    self._used = (self._used + skipped.slots) % (2 * self.size)
+                    self._free += skipped.slots
+                    freed.append(other)
+                    reaped.append((skipped.token, skipped.room))
             entry = self._in_flight.pop(number, None)
             slots = entry.slots if entry else 1
             self._used = (self._used + slots) % (2 * self.size)

@@ -5,6 +5,7 @@ a time may use a queue.  A device that misbehaves raises QueueError.
 """
 
 from collections.abc import Sequence
+from itertools import takewhile
 from typing import Generic, NamedTuple, TypeVar
 
 from lguestlib.abi.virtio_ring import (
@@ -45,7 +46,8 @@ class QueueFull(Exception):
 class SplitDriverQueue(Generic[Token]):
     """The driver's end of the ring at *layout* in *memory*, which it clears.
 
-    What `add` was given as token comes back from `reap`.  Raises QueueLayoutError.
+    What `add` was given as token comes back from `reap`.  With IN_ORDER descriptors are
+    used in the order of the table, round and round (2.7.5.2).  Raises QueueLayoutError.
     """
 
     def __init__(self, layout: QueueLayout, memory: GuestMemory, features: int) -> None:
@@ -74,6 +76,7 @@ class SplitDriverQueue(Generic[Token]):
         self._used_ring = used[4 : 4 + 8 * size].cast("I")
         self._avail_event = used[4 + 8 * size :].cast("H")
         self._event_idx = bool(features & Feature.RING_EVENT_IDX)
+        self._in_order = bool(features & Feature.IN_ORDER)
         self._fence = new_fence()
         # Off x86 it is a full fence, which stands before an index that is written, too (S20, S23).
         self._order = new_acquire()
@@ -166,8 +169,10 @@ class SplitDriverQueue(Generic[Token]):
         """The tokens of the chains used since the last call, each with the bytes written (2.7.14).
 
         Raises UsedIndexError, NotInFlight or UsedLengthError for a device that
-        returns what it was not given.  Good ones before it come first, and but for
-        the impossible index the queue has gone past it.
+        returns what it was not given; UsedOutOfOrder with IN_ORDER.  Good ones before
+        it come first, and but for the impossible index the queue has gone past it.
+        With IN_ORDER a device may tell of the last chain of a batch alone: those before
+        it count as written in full (2.7.9).
         """
         reaped = [] if self._fault else self._reap()
         if self._fault and not reaped:
@@ -186,6 +191,8 @@ class SplitDriverQueue(Generic[Token]):
             raise errors.UsedIndexError(self.index, announced, self._used)
         if self._order:
             self._order()
+        if self._in_order:
+            return self._reap_batches(count)
         reaped: list[tuple[Token, int]] = []
         freed: list[int] = []
         for position in range(self._used, self._used + count):
@@ -203,6 +210,35 @@ class SplitDriverQueue(Generic[Token]):
             reaped.append((entry.token, written))
         # The next chains get the same descriptors in the same order: a steady load stays in few cache lines.
         self._free.extend(reversed(freed))
+        self._used = self._used + len(reaped) & 0xFFFF
+        return reaped
+
+    def _reap_batches(self, count: int) -> list[tuple[Token, int]]:
+        """As `_reap`, where each element may stand for several of the *count* chains."""
+        reaped: list[tuple[Token, int]] = []
+        freed: list[int] = []
+        while len(reaped) < count:
+            slot = (self._used + len(reaped) & (self.size - 1)) << 1
+            head: int = self._used_ring[slot]
+            written: int = self._used_ring[slot + 1]
+            if head not in self._in_flight:
+                self._fault = errors.NotInFlight(self.index, head)
+                break
+            # A dictionary is in the order in which its keys were added.
+            heads = [*takewhile(lambda other: other != head, self._in_flight), head]
+            if len(heads) > count - len(reaped):
+                self._fault = errors.UsedOutOfOrder(self.index, head, len(heads) - 1)
+                break
+            *skipped, last = [self._in_flight.pop(each) for each in heads]
+            for entry in (*skipped, last):
+                freed += entry.descriptors
+            reaped += [(entry.token, entry.room) for entry in skipped]
+            if written > last.room:
+                self._fault = errors.UsedLengthError(self.index, head, written, last.room)
+                break
+            reaped.append((last.token, written))
+        # They are next when all others have been.
+        self._free[:0] = reversed(freed)
         self._used = self._used + len(reaped) & 0xFFFF
         return reaped
 

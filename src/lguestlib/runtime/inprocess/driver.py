@@ -98,7 +98,7 @@ class GuestDevice:
             GuestQueue(index, queue.name, pages, partial(self._notify, index))
             for index, queue in enumerate(runner.queues)
         ]
-        self._wanted = wanted | (RING_FEATURES & ~Feature.RING_INDIRECT_DESC)
+        self._wanted = wanted | (RING_FEATURES & ~Feature.RING_INDIRECT_DESC) | Feature.IN_ORDER
 
     def start(self) -> None:
         """Reset the device and bring it up with empty rings."""

@@ -148,7 +148,7 @@ class VhostUserDevice:
         memory: int = MEMORY,
     ) -> None:
         self.front_end = front_end
-        self.features = front_end.features & (wanted | RING_FEATURES)
+        self.features = front_end.features & (wanted | RING_FEATURES | Feature.IN_ORDER)
         """The features negotiated."""
         self.queues: list[VhostUserQueue] = []
         with ExitStack() as opened:
