@@ -504,6 +504,20 @@ def test_t4_no_queue_is_reset_where_it_was_not_agreed_on() -> None:
     assert driver.transport.refused == 2 and driver.get(0x044) == 1
 
 
+def test_features_of_the_transports_own_are_offered_unless_withheld_and_count_where_agreed_on() -> None:
+    toy, data = Toy(), int(Feature.NOTIFICATION_DATA)
+    assert MmioTransport(toy, own=data).offered == MmioTransport(toy).offered | data
+    toy.withheld |= data
+    assert MmioTransport(toy, own=data).offered == MmioTransport(toy).offered
+    for agreed, notified in ((0, None), (data, Notify(1))):
+        driver = Driver()
+        driver.transport.offered |= data
+        driver.negotiate(int(RING_FEATURES) | agreed)
+        assert driver.put(0x050, 0x8007_0001) == notified and driver.put(0x050, 2) == Notify(2)
+        assert driver.put(0x050, 3) is None and driver.put(0x050, 0x8007_0003) is None
+        assert driver.transport.refused == 3 - bool(agreed)
+
+
 @pytest.mark.parametrize("size", [1, 3, 5, 8])
 def test_p2_a_packed_queue_may_have_any_size_up_to_its_most(size: int) -> None:
     for features in (0, Feature.RING_PACKED):

@@ -289,3 +289,8 @@ def test_t5_any_access_is_answered_and_what_is_told_is_how_it_is(seed: int) -> N
         assert (function.bar, function.msix.enabled) == (bar, enabled)
         assert pin == bool(function.transport.isr and not enabled and not function.config.command & INTX_DISABLE)
     assert seen >= {BarMoved, PinLevel, MsixEnabled, Notify}
+
+
+def test_features_of_the_transports_own_are_offered() -> None:
+    own = 1 << 38
+    assert [PciFunction(Toy(), own=bits).transport.offered & own for bits in (0, own)] == [0, own]
