@@ -11,6 +11,7 @@ import struct
 import subprocess
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -32,12 +33,14 @@ from lguestlib.runtime.machine import Outcome, PowerOff, Reboot
 from lguestlib.runtime.pc.machine import PcMachine
 from lguestlib.runtime.pc.runner import PciDeviceRunner
 from lguestlib.runtime.vm import KvmUnusable, open_kvm
+from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.device import Device, Queue
 from lguestlib.virtio.devices.block import Block
 from lguestlib.virtio.devices.console import Console
 from lguestlib.virtio.devices.entropy import Entropy
 from lguestlib.virtio.devices.net import HEADER_SIZE, Net
 from lguestlib.virtio.features import Feature
+from lguestlib.virtio.split_device import SplitDeviceQueue
 
 SOURCES = image_path().parent
 MEMORY = 32 << 20
@@ -881,3 +884,47 @@ def test_as_many_devices_as_the_pci_bus_has_room_for(kvm: None, image: Path) -> 
     with Session(image, *(Entropy(KernelRandom(), f"rng{number}") for number in range(30)), bus="pci") as session:
         assert session.boot() == "lguestlib guest: 32 MiB, 31 devices; try help\n"
         assert len(session.run("rand 1024")) == 32 * 65
+
+
+def in_order(device: Device) -> Device:
+    device.withheld &= ~int(Feature.IN_ORDER)
+    return device
+
+
+def test_what_comes_back_in_order_may_be_told_of_in_batches(
+    kvm: None, responder: Responder, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches: Counter[int] = Counter()
+
+    held: dict[SplitDeviceQueue, Chain] = {}
+
+    def tell_of_the_last(queue: SplitDeviceQueue, chains: Sequence[Chain]) -> None:
+        # What is sent is told of by twos.
+        if len(chains) == 1 and not chains[0].writable_length and queue not in held:
+            held[queue] = chains[0]
+            return
+        chains = [*([held.pop(queue)] if queue in held else []), *chains]
+        slot = (queue._used & queue._mask) << 1
+        queue._used_ring[slot], queue._used_ring[slot + 1] = chains[-1].head, chains[-1].written
+        for chain in chains:
+            chain.in_flight = False
+        queue._used += len(chains)
+        queue._used_idx[0] = queue._used & 0xFFFF
+        batches[len(chains)] += 1
+
+    parts = [in_order(device) for device in everything(responder, disk)]
+    with Session(image_path(), *parts, console=lambda keyboard: in_order(Console(keyboard))) as session:
+        session.boot()
+        assert session.run("stat").count("VERSION_1 IN_ORDER") == 4
+        # First by a device that tells of each.
+        assert session.run(f"ping {GATEWAY} 20").endswith("20 sent, 20 received\n")
+        monkeypatch.setattr(SplitDeviceQueue, "push_many", tell_of_the_last)
+        for _ in range(2):
+            assert session.run(f"ping {GATEWAY} 20").endswith("20 sent, 20 received\n")
+            assert session.run("read 0").startswith(SECTOR_0)
+            assert len(session.run("rand 1024")) == 32 * 65
+            assert session.run("reset") == "1 resets, ok\n"
+            assert session.run("help") == HELP
+        # It would wait for the last of what it shows, which is not told of.
+        session.machine.request_stop()
+    assert batches[1] > 0 and batches[2] >= 40, batches

@@ -19,6 +19,7 @@
 const struct feature ring_features[] = {
     {VIRTIO_F_EVENT_IDX, "EVENT_IDX"},
     {VIRTIO_F_VERSION_1, "VERSION_1"},
+    {VIRTIO_F_IN_ORDER, "IN_ORDER"},
     {VIRTIO_F_NOTIFICATION_DATA, "NOTIFICATION_DATA"},
     {0, NULL},
 };
@@ -110,8 +111,9 @@ static bool set_up_queue(struct virtio_device *device, uint32_t number)
         return false;
     }
     for (uint16_t i = 0; i < queue->size; i++)
-        queue->descriptors[i].next = i + 1;
+        queue->descriptors[i].next = i + 1 < queue->size ? i + 1 : 0;
     queue->free = 0;
+    queue->in_batch = false;
     queue->free_count = queue->size;
     queue->next_available = queue->announced = queue->next_used = 0;
     queue->available->flags = queue->available->index = 0;
@@ -270,24 +272,55 @@ void queue_kick(struct virtqueue *queue)
     }
 }
 
+/*
+ * The chain that is next to come back in order, and what was written there: a used element may stand
+ * for a batch, of which it names the last; those before it count as written in full (2.7.9).
+ */
+static uint32_t take_in_order(struct virtqueue *queue, uint32_t named, uint32_t length, uint32_t *written)
+{
+    uint32_t head = queue->available->ring[queue->next_used & (queue->size - 1)];
+    const struct descriptor *part = &queue->descriptors[head];
+
+    if (!queue->in_batch) {
+        queue->batch_last = named;
+        queue->batch_length = length;
+    }
+    queue->in_batch = head != queue->batch_last;
+    *written = queue->batch_length;
+    if (queue->in_batch) {
+        *written = part->flags & DESC_F_WRITE ? part->length : 0;
+        while (part->flags & DESC_F_NEXT) {
+            part = &queue->descriptors[part->next];
+            *written += part->flags & DESC_F_WRITE ? part->length : 0;
+        }
+    }
+    return head;
+}
+
 /* Receiving used buffers from the device, 2.7.14. */
 void *queue_take(struct virtqueue *queue, uint32_t *written)
 {
     uint32_t slot = queue->next_used & (queue->size - 1), head, last;
+    bool in_order = virtio_has(queue->device, VIRTIO_F_IN_ORDER);
 
     if (queue->used->index == queue->next_used)
         return NULL;
     barrier();
-    head = last = queue->used->ring[slot].id;
+    head = queue->used->ring[slot].id;
     *written = queue->used->ring[slot].length;
+    if (in_order)
+        head = take_in_order(queue, head, *written, written);
     if (head >= queue->size)
         die("a device returned a buffer it was not given");
     queue->next_used++;
     queue->device->failures = 0;
+    last = head;
     for (queue->free_count++; queue->descriptors[last].flags & DESC_F_NEXT; queue->free_count++)
         last = queue->descriptors[last].next;
-    queue->descriptors[last].next = queue->free;
-    queue->free = head;
+    if (!in_order) {
+        queue->descriptors[last].next = queue->free;
+        queue->free = head;
+    } /* Or the free ones follow each other round the table, which is the order to use them in (2.7.5.2). */
     return (void *)(uintptr_t)queue->descriptors[head].address;
 }
 

@@ -21,6 +21,7 @@ struct feature {
 
 #define VIRTIO_F_EVENT_IDX 29
 #define VIRTIO_F_VERSION_1 32
+#define VIRTIO_F_IN_ORDER 35
 #define VIRTIO_F_NOTIFICATION_DATA 38
 
 /* Written by the driver alone. */
@@ -68,6 +69,10 @@ struct virtqueue {
 
     /* Free-running indices: of the next chain to offer, at the last kick, of the next one to take back. */
     uint16_t next_available, announced, next_used;
+
+    /* With IN_ORDER: what the device said of a batch whose last chain has not been taken back. */
+    bool in_batch;
+    uint32_t batch_last, batch_length;
 
     /* A buffer for each descriptor. */
     uint8_t *pool;
