@@ -53,6 +53,8 @@ SUITES = {
     "inflight": _suite((), "inflight"),
     "inflight_packed": _suite((), "inflight_packed"),
     "queue_log": _suite((), "queue_log"),
+    "queue_state": _suite((_PACKED,), "device_queue", "packed_device"),
+    "device_queue": _suite((_RINGS, _PACKED), "device_queue"),
     "vhost_user/backend": _suite((_SOCKET,), "vhost_user_backend"),
     "vhost_user/memory_table": _suite((_SOCKET,), "vhost_user_memory_table", "vhost_user_backend"),
     "vhost_user/message": _suite((_SOCKET,), "vhost_user_message"),

@@ -229,6 +229,52 @@ def test_cve_2026_86565_a_record_that_cannot_be_is_refused_and_left_as_it_was() 
     small.close()
 
 
+def test_more_descriptors_in_flight_than_the_ring_has_cannot_be_in_a_record_that_has_room_for_them() -> None:
+    world = World(8)
+    device = world.device()
+    for number in range(5):
+        world.ring.offer(Packed(BUFFERS_AT, 8), id=number)
+    assert len(device.pop_many()) == 5
+    device.release()
+    for size, refused in ((4, True), (5, False)):
+        # A smaller ring on the record of a larger one.
+        record = world.record()
+        layout = QueueLayout.contiguous(3, size, GuestAddress(0x2000))
+        if refused:
+            error = raised(lambda: PackedDeviceQueue(layout, world.memory, PACKED, None, inflight=record))
+            assert isinstance(error, errors.InflightRecordError) and (error.field, error.value) == ("num", 5)
+            record.release()
+        else:
+            smaller = PackedDeviceQueue(layout, world.memory, PACKED, None, inflight=record)
+            assert len(smaller.pop_many()) == 5
+            smaller.release()
+    world.close()
+
+
+def test_s19_of_several_chains_those_before_a_refused_one_are_returned_and_recorded() -> None:
+    world = World(8)
+    device = world.device()
+    for number in range(4):
+        world.ring.offer(Packed(BUFFERS_AT, 8, WRITE), id=number)
+    chains = device.pop_many()
+    for chain, written in zip(chains, (1, 0, 9, 1)):
+        chain.written = written
+    assert isinstance(raised(lambda: device.push_many(chains)), errors.UsedLengthError)
+    assert [world.entry(index).inflight for index in range(4)] == [0, 0, 1, 1]
+    assert (world.header.used_idx, world.ring.used(0), world.ring.used(2)) == (2, (0, 1, AVAIL | USED | WRITE), None)
+    for again in ([chains[0]], [chains[2]] * 2):
+        chains[2].written = 8
+        assert isinstance(raised(lambda: device.push_many(again)), errors.NotInFlight)
+    assert [world.entry(index).inflight for index in range(4)] == [0, 0, 0, 1] and world.header.used_idx == 3
+    chains[3].written = -1
+    assert isinstance(raised(lambda: device.push_many(chains[3:])), errors.UsedLengthError)
+    chains[3].written = 8
+    device.push_many(chains[3:])
+    assert world.header.used_idx == 4
+    device.release()
+    world.close()
+
+
 def test_a_record_of_noise_ends_in_a_typed_error_or_in_a_device() -> None:
     random = Random(7)
     outcomes = {"refused": 0, "served": 0}

@@ -13,6 +13,7 @@ from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.virtio import packed_device, packed_driver, split_device, split_driver
 from lguestlib.virtio.chain import Chain
+from lguestlib.virtio.inflight import InflightRecord, area_size, part_of
 from lguestlib.virtio.layout import QueueLayout
 from lguestlib.virtio.device_queue import DeviceQueue, new_device_queue
 from lguestlib.virtio.driver_queue import DriverQueue, new_driver_queue
@@ -99,6 +100,25 @@ def test_s20_s23_entries_are_published_before_their_index_and_read_after_it(orde
         assert told(lambda: chains.extend(device.pop_many())) == several
         pushed = told(lambda: device.push_many(chains[2:]))
         assert pushed == steps(6 * "store used_ring, " + "order, store used_idx", ordered)
+
+
+@pytest.mark.parametrize("ordered", [False, True], ids=["x86", "weakly ordered"])
+def test_s20_entries_are_published_before_their_index_where_a_record_is_kept(ordered: bool) -> None:
+    with memory_of((0, 4096)) as memory:
+        record = InflightRecord(0, part_of(memoryview(bytearray(area_size(1, 4))), 0, 4), 4)
+        driver: SplitDriverQueue[int] = SplitDriverQueue(LAYOUT, memory, PLAIN)
+        for token in range(3):
+            driver.add([BUFFER], [], token)
+        device = SplitDeviceQueue(LAYOUT, memory, PLAIN, inflight=record)
+        chains = device.pop_many()
+        recorder = Recorder()
+        through(device, recorder, ordered)
+        used = steps("store used_ring, store used_ring, order, store used_idx", ordered)
+        assert recorder.told(lambda: device.push(chains[0], 0)) == used
+        pushed = recorder.told(lambda: device.push_many(chains[1:]))
+        assert pushed == steps(4 * "store used_ring, " + "order, store used_idx", ordered)
+        driver.release()
+        device.release()
 
 
 @pytest.mark.parametrize("features", [PLAIN, WITH_EVENT])

@@ -303,8 +303,8 @@ class SplitDeviceQueue:
         try:
             self._decode_each(inflight.waiting[:limit], popped)
         except errors.ChainError:
-            if popped and not popped[-1].in_flight:
-                popped.pop()
+            # The last one: its head was in range, and not in flight here, but its descriptors are bad.
+            popped.pop()
             if not popped:
                 raise
         inflight.resume(len(popped))
