@@ -65,12 +65,12 @@ class Chain:
         """A copy of the readable bytes, or of their first *limit*."""
         if len(self.readable) == 1:
             return bytes(self.readable[0][:limit])
-        return b"".join(part(self.readable, 0, min(limit, self.readable_length)))
+        return b"".join(part(self.readable, 0, limit))
 
     def write(self, data: bytes) -> int:
         """Copy *data* to the start of the writable bytes; return how many fitted."""
         done = 0
-        for buffer in part(self.writable, 0, min(len(data), self.writable_length)):
+        for buffer in part(self.writable, 0, len(data)):
             buffer[:] = data[done : done + len(buffer)]
             done += len(buffer)
         return done
