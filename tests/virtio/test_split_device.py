@@ -662,16 +662,18 @@ def test_what_is_put_back_comes_again_and_so_does_the_error_behind_it() -> None:
         assert device.pop_many() == ()
 
 
-def test_what_was_found_behind_good_chains_is_told_once_and_gone_past() -> None:
-    with Arena() as arena:
+@pytest.mark.parametrize("start", [0, 0xFFFE])
+def test_what_was_found_behind_good_chains_is_told_once_and_gone_past(start: int) -> None:
+    with Arena(next_available=start) as arena:
         ring, device = arena.ring, arena.device
         for head in (0, 1):
             ring.describe(head, d(length=head + 1))
         ring.offer(0, 9, 1)
-        assert [chain.head for chain in device.pop_many()] == [0] and device.next_available == 1
-        assert isinstance(raised(device.pop_many), errors.HeadOutOfRange) and device.next_available == 2
-        assert [chain.head for chain in device.pop_many()] == [1] and device.next_available == 3
-        assert device.pop_many() == ()
+        assert [chain.head for chain in device.pop_many()] == [0]
+        assert isinstance(raised(device.pop_many), errors.HeadOutOfRange)
+        assert device.next_available == start + 2 & 0xFFFF
+        assert [chain.head for chain in device.pop_many()] == [1]
+        assert device.next_available == start + 3 & 0xFFFF and device.pop_many() == ()
 
 
 def test_s34_cve_2019_3900_an_endless_supply_is_taken_in_batches() -> None:

@@ -470,6 +470,12 @@ SPLIT_CASES: tuple[Case, ...] = (
         events=(*(Fault(errors.BadAddress),) * 5, Served(5, SECTOR + 1)), after=GOT_OTHER,
     ),
     RingCase(
+        ("S27", "S1"), "a malformed chain at index 65535", "2.7.13", ANY, base=0xFFFF,
+        table=GOOD | {0: Descriptor(NOWHERE, 16, WRITE)}, memory=READ_TWO,
+        steps=(Publish((0,)), Kick(), Publish((5,)), Kick()),
+        events=(Fault(errors.BadAddress), Served(5, SECTOR + 1)), after=GOT_OTHER,
+    ),
+    RingCase(
         ("S28",), "everything is in flight and one comes again", "2.7.13", BLK, size=2,
         table={0: table_of(3), 1: table_of(3, TABLE + 0x100)}, memory=READ,
         indirect={
