@@ -1,4 +1,28 @@
 """Checks whose absence changes nothing that shows, and why; a run takes them for accounted for."""
 
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+_SHORT_CUT = "a short cut: the way for every shape gives the same"
+_UNCHANGED = "a short cut: what has not changed is checked again and gives the same"
+_JUDGED_LATER = "a short cut: without it the shape is found not to be one below"
+_FIRST_ONLY = "only the first element is used"
+_TYPE = "it is there for the type alone: what follows would find the same"
+
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    ("chain", "if len(self.readable) == 1:", "never len(self.readable) == 1"): _SHORT_CUT,
+    ("chain", "if length <= 0:", "never length <= 0"): "the buffers behind the last byte add pieces of no length",
+    ("split_device", "self._avail_flags = available[0:1]", "without the end 1"): _FIRST_ONLY,
+    ("split_device", "self._avail_idx = available[1:2]", "without the end 2"): _FIRST_ONLY,
+    ("split_device", 'self._used_flags = used[0:2].cast("H")', "without the end 2"): _FIRST_ONLY,
+    ("split_device", 'self._used_idx = used[2:4].cast("H")', "without the end 4"): _FIRST_ONLY,
+    ("split_device", "if three == chain.three:", "never three == chain.three"): _UNCHANGED,
+    ("split_device", "if one == chain.one:", "never one == chain.one"): _UNCHANGED,
+    ("split_device", "if not link & _NEXT_OR_INDIRECT:", "never not link & _NEXT_OR_INDIRECT"): _SHORT_CUT,
+    ("split_device", "if link == row and head + 3 <= size:", "without link == row"): _JUDGED_LATER,
+    ("split_device", "elif link & 0xFFFF == VRING_DESC_F_INDIRECT and length == _THREE_SIZE and indirect:",
+     "link, not link & 0xFFFF"): _SHORT_CUT,
+    ("split_device", "if link1 == row + _NEXT_ROW_WRITE:", "never link1 == row + _NEXT_ROW_WRITE"): _SHORT_CUT,
+    ("split_device", "if link1 == row + _NEXT_ROW:", "never link1 == row + _NEXT_ROW"): _SHORT_CUT,
+    ("split_device", "raise  # Of a queue that is released.", "without raise"): "used.idx, which is written next, raises the same",
+    ("vhost_user/backend", "if not self._is_served(ring) or ring.addresses is None:", "without ring.addresses is None"): _TYPE,
+    ("vhost_user/message", "if self._header is None or self.wanted:", "without self._header is None"): _TYPE,
+}  # fmt: skip
 """The reason, by module, the line's code and what was done."""

@@ -366,6 +366,30 @@ def test_s29_a_head_that_was_resumed_is_in_flight_and_refused_when_it_is_made_av
     world.close()
 
 
+def test_s19_of_several_chains_those_before_a_refused_one_are_returned_and_recorded() -> None:
+    world = World()
+    device = world.device()
+    world.ring.offer(0, 1, 2, 3)
+    chains = device.pop_many()
+    for chain, written in zip(chains, (1, 2, 65, 4)):
+        chain.written = written
+    assert isinstance(raised(lambda: device.push_many(chains)), errors.UsedLengthError)
+    assert (world.ring.used_idx, world.area[16:80:16].hex()) == (2, "00000101")
+    chains[2].written, chains[3].written = 64, -1
+    for again, error in (
+        ([chains[0]], errors.NotInFlight), ([chains[2]] * 2, errors.NotInFlight),
+        ([chains[3]], errors.UsedLengthError),
+    ):  # fmt: skip
+        assert isinstance(raised(lambda: device.push_many(again)), error)
+    assert isinstance(raised(lambda: device.push(chains[3], 65)), errors.UsedLengthError)
+    assert (world.ring.used_idx, world.area[16:80:16].hex()) == (3, "00000001")
+    device.push(chains[3], 4)
+    assert [world.ring.used(position) for position in range(4)] == [(0, 1), (1, 2), (2, 64), (3, 4)]
+    assert (world.ring.used_idx, world.area[16:80:16].hex()) == (4, "00000000")
+    device.release()
+    world.close()
+
+
 def test_t17_random_records_are_refused_or_give_each_head_once() -> None:
     seed = 20260103
     random = Random(seed)

@@ -176,6 +176,10 @@ def test_the_used_rings_pages_are_marked_by_its_log_address(log: Log) -> None:
         assert [marks for marks, _ in log.story] == [
             [(used_at + 4 + 8 * (size - 1), 8)], [(used_at + 4, 16)], [(used_at + 2, 2)]
         ]  # fmt: skip
+        log.story.clear()
+        ring.offer(8)
+        device.push_many(device.pop_many())
+        assert [marks for marks, _ in log.story] == [[(used_at + 4 + 16, 8)], [(used_at + 2, 2)]]
         ring.release()
         device.release()
 

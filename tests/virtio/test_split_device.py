@@ -644,8 +644,9 @@ def test_s28_no_more_is_ever_in_flight_than_the_queue_is_long() -> None:
             meet(arena, Refusal("HeadInFlight", {"queue": 3, "head": head}))
 
 
-def test_what_is_put_back_comes_again_and_so_does_the_error_behind_it() -> None:
-    with Arena() as arena:
+@pytest.mark.parametrize("start", [0, 0xFFFE])
+def test_what_is_put_back_comes_again_and_so_does_the_error_behind_it(start: int) -> None:
+    with Arena(next_available=start) as arena:
         ring, device = arena.ring, arena.device
         for head in (0, 1, 2):
             ring.describe(head, d(length=head + 1))
@@ -654,7 +655,7 @@ def test_what_is_put_back_comes_again_and_so_does_the_error_behind_it() -> None:
         assert [chain.head for chain in chains] == [2, 0, 1]
         device.push_many(chains[:1])
         device.put_back(chains[1:])
-        assert device.next_available == 1
+        assert device.next_available == start + 1 & 0xFFFF
         assert [chain.head for chain in device.pop_many(1)] == [0]
         assert [chain.head for chain in device.pop_many()] == [1]
         meet(arena, Refusal("HeadOutOfRange", {"queue": 3, "head": 9, "size": 8}))

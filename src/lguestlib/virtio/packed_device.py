@@ -202,7 +202,7 @@ class PackedDeviceQueue:
         if flags & BOTH != self._available:
             self._half = 0
             return ()
-        announced = [flags] if limit == 1 and not half else self._announced(slot, flags, 4 * limit)
+        announced = [flags] if limit == 1 else self._announced(slot, flags, 4 * limit)
         if self._order:
             self._order()
         if half:

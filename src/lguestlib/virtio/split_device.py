@@ -381,7 +381,7 @@ class SplitDeviceQueue:
             # No 32-bit word holds a negative one.
             if written < 0:
                 raise self._refuse(chain, written) from None
-            raise
+            raise  # Of a queue that is released.
         finally:
             self._used = used
             if self._order:

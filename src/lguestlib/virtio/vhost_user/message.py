@@ -93,7 +93,7 @@ class MessageReader:
         if not data:
             raise ProtocolError(f"the stream ends inside a message, after {len(self._begun)} bytes of it")
         self._begun += data
-        if self._header is None and len(self._begun) == _HEADER_SIZE:
+        if len(self._begun) == _HEADER_SIZE:
             self._header = self._checked(abi.vhost_user_header.from_buffer_copy(self._begun))
         if self._header is None or self.wanted:
             return None
