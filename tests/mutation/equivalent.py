@@ -4,6 +4,7 @@ _SHORT_CUT = "a short cut: the way for every shape gives the same"
 _UNCHANGED = "a short cut: what has not changed is checked again and gives the same"
 _JUDGED_LATER = "a short cut: without it the shape is found not to be one below"
 _FIRST_ONLY = "only the first element is used"
+_LOOK = "it bounds how many flags are looked at: what comes of those behind is the same"
 _TYPE = "it is there for the type alone: what follows would find the same"
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
@@ -22,6 +23,10 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ("split_device", "if link1 == row + _NEXT_ROW_WRITE:", "never link1 == row + _NEXT_ROW_WRITE"): _SHORT_CUT,
     ("split_device", "if link1 == row + _NEXT_ROW:", "never link1 == row + _NEXT_ROW"): _SHORT_CUT,
     ("split_device", "raise  # Of a queue that is released.", "without raise"): "used.idx, which is written next, raises the same",
+    ("packed_device", "if (flags[at] if at < size else flags[at - size] ^ BOTH) & BOTH != available:",
+     "never (flags[at] if at < size else flags[at - size] ^ BOTH) & BOTH != available"): _LOOK,
+    ("packed_device", "window = min(window, most)", "most, not min(window, most)"): _LOOK,
+    ("packed_device", "window = min(window, most)", "window, not min(window, most)"): _LOOK,
     ("vhost_user/backend", "if not self._is_served(ring) or ring.addresses is None:", "without ring.addresses is None"): _TYPE,
     ("vhost_user/message", "if self._header is None or self.wanted:", "without self._header is None"): _TYPE,
 }  # fmt: skip

@@ -17,11 +17,24 @@ from virtio.packed_rings import (
     PACKED_INDIRECT,
     USED,
     Packed,
+    PackedRing,
     Used,
     off_wrap,
     wrap_counter,
 )
-from virtio.rings import INDIRECT, NEXT, WRITE, Refusal, Where, cost, nothing_left, raised, refusal, without_frames
+from virtio.rings import (
+    INDIRECT,
+    NEXT,
+    WRITE,
+    Refusal,
+    Where,
+    cost,
+    memory_of,
+    nothing_left,
+    raised,
+    refusal,
+    without_frames,
+)
 
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
@@ -479,11 +492,16 @@ def test_s29_p4_an_id_made_available_while_in_flight(descriptors: list[Packed], 
         assert taken(arena.device) is chain
 
 
-def test_s29_an_id_twice_in_one_batch() -> None:
+@pytest.mark.parametrize("returned", [False, True])
+def test_s29_an_id_twice_in_one_batch(returned: bool) -> None:
+    """Whether or not it was returned meanwhile: it was in flight when it was looked at."""
     with PackedArena() as arena:
         for number in (1, 2, 1, 3):
             arena.ring.offer(d(), id=number)
-        assert [chain.head for chain in arena.device.pop_many()] == [1, 2]
+        chains = arena.device.pop_many()
+        assert [chain.head for chain in chains] == [1, 2]
+        if returned:
+            arena.device.push_many(chains)
         meet(arena, Refusal("BufferIdInFlight", {"queue": 3, "head": 2, "id": 1}))
         assert [chain.head for chain in arena.device.pop_many()] == [3]
 
@@ -537,6 +555,20 @@ def test_s34_cve_2019_3900_an_endless_supply_is_taken_in_batches() -> None:
         while chains := arena.device.pop_many():
             batches.append(len(chains))
         assert batches == [BATCH, BATCH, BATCH, 200 - 3 * BATCH]
+
+
+def test_s34_how_far_is_looked_is_by_how_many_are_asked_for() -> None:
+    size = 8192
+    with memory_of((0, 0x40000)) as memory:
+        layout = QueueLayout.contiguous(3, size, GuestAddress(0))
+        ring = PackedRing(memory, layout)
+        for number in range(size):
+            ring.offer(d(0x30000), id=number)
+        device = PackedDeviceQueue(layout, memory, PACKED)
+        assert cost(lambda: device.pop_many(2)).memory < size
+        assert device.state == QueueState(1 << 15 | 2, 1 << 15)
+        device.release()
+        ring.release()
 
 
 @pytest.mark.parametrize("length", [1, 2, 3])

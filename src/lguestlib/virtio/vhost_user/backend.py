@@ -301,9 +301,7 @@ class BackEnd:
             raise ProtocolError(
                 f"SET_MEM_TABLE: {count} regions, {len(message.fds)} descriptors, {len(message.payload)} bytes"
             )
-        regions = [
-            MemoryRegion.decode(message.payload[start + number * size :][:size]) for number in range(count)
-        ]
+        regions = [MemoryRegion.decode(message.payload[start + number * size :]) for number in range(count)]
         return self._map(MemoryTable(regions), dict(zip(regions, message.fds)))
 
     def _map(self, table: MemoryTable, files: dict[MemoryRegion, int]) -> Effect:
