@@ -44,7 +44,7 @@ class MmioTransport(RegisterTransport):
         if reader is None or size != 4:
             self.refused += 1
             return bytes(size)
-        return (reader() & 0xFFFF_FFFF).to_bytes(4, "little")
+        return reader().to_bytes(4, "little")
 
     def write(self, offset: int, data: bytes) -> Effect | None:
         """The driver writes *data* at *offset*: the effect its owner has to see to, if any.

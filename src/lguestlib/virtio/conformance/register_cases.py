@@ -72,6 +72,7 @@ REGISTER_CASES: tuple[Case, ...] = (
         *_AGREED, _put(mmio.VIRTIO_MMIO_QUEUE_SEL, 3), _get(mmio.VIRTIO_MMIO_QUEUE_NUM_MAX, 0),
         _put(mmio.VIRTIO_MMIO_QUEUE_NUM, 8), _put(mmio.VIRTIO_MMIO_QUEUE_DESC_LOW, 0x1000),
         _put(mmio.VIRTIO_MMIO_QUEUE_READY, 1), _get(mmio.VIRTIO_MMIO_QUEUE_READY, 0),
+        _put(mmio.VIRTIO_MMIO_QUEUE_RESET, 1), _get(mmio.VIRTIO_MMIO_QUEUE_RESET, 0),
         _put(mmio.VIRTIO_MMIO_QUEUE_NOTIFY, 3), _put(mmio.VIRTIO_MMIO_QUEUE_NOTIFY, 0xFFFF_FFFF),
     )),
     RegisterCase(("T6", "CVE-2013-4150", "CVE-2014-0150"), "a queue numbered -1", "4.2.2", (
