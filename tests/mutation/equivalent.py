@@ -30,8 +30,14 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
      "without the end slot + window - size"): _LOOK,
     ("packed_device", "if id1 < size and start >= 0 and length and end <= room and not chains[id1].in_flight:",
      "never id1 < size and start >= 0 and length and end <= room and not chains[id1].in_flight"): _SHORT_CUT,
+    ("packed_device", "elif shape & ~VRING_DESC_F_WRITE == VRING_DESC_F_INDIRECT and indirect and at < free:",
+     "shape, not shape & ~VRING_DESC_F_WRITE"): _SHORT_CUT,
     ("packed_device", "window = min(window, most)", "most, not min(window, most)"): _LOOK,
     ("packed_device", "window = min(window, most)", "window, not min(window, most)"): _LOOK,
+    ("pci/msix", "entry = self._entries[abi.PCI_MSIX_ENTRY_SIZE * vector : abi.PCI_MSIX_ENTRY_SIZE * (vector + 1)]",
+     "without the end abi.PCI_MSIX_ENTRY_SIZE * (vector + 1)"): "only the first entry's fields are used",
+    ("pci/msix", 'return Message(address, int.from_bytes(entry[8:12], "little"))', "without the end 12"):
+        "the control word behind it is 0 here: the vector is not masked",
     ("vhost_user/backend", "if not self._is_served(ring) or ring.addresses is None:", "without ring.addresses is None"): _TYPE,
     ("vhost_user/message", "if self._header is None or self.wanted:", "without self._header is None"): _TYPE,
 }  # fmt: skip

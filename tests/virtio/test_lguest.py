@@ -248,6 +248,10 @@ def test_a_notification_of_nothing_is_told_as_such(driver: Driver, address: int)
     assert driver.bus.notify(address) == Stray(address)
 
 
+def test_where_ram_ends_there_is_no_text_even_without_a_device(bus: LguestBus) -> None:
+    assert bus.notify(RAM) == Stray(RAM)
+
+
 def test_the_bus_has_31_interrupts(bus: LguestBus, memory: GuestMemory) -> None:
     for _ in range(15):
         bus.add(Like(1, [16, 16]))

@@ -477,8 +477,13 @@ def test_s16_the_exact_end_is_legal() -> None:
         assert taken(arena.device).readable_length == 16
 
 
+IN_A_ROW = [d(SEAM), d(SEAM, flags=WRITE), d(SEAM, 1, WRITE)]
+"""In the largest region, which the short cuts are for."""
+
+
 @pytest.mark.parametrize(
-    ("descriptors", "number"), [([d()], 2), ([d(), d(flags=WRITE)], 2), ([d(), d(), d(flags=WRITE)], 2)]
+    ("descriptors", "number"),
+    [([d()], 2), ([d(), d(flags=WRITE)], 2), ([d(), d(), d(flags=WRITE)], 2), ([d(SEAM)], 2), (IN_A_ROW, 2)],
 )
 def test_s29_p4_an_id_made_available_while_in_flight(descriptors: list[Packed], number: int) -> None:
     with PackedArena() as arena:
@@ -492,18 +497,43 @@ def test_s29_p4_an_id_made_available_while_in_flight(descriptors: list[Packed], 
         assert taken(arena.device) is chain
 
 
-@pytest.mark.parametrize("returned", [False, True])
-def test_s29_an_id_twice_in_one_batch(returned: bool) -> None:
+@pytest.mark.parametrize("address", [BUFFERS_AT, SEAM], ids=["", "in the largest region"])
+@pytest.mark.parametrize("returned", [False, True], ids=["", "returned"])
+def test_s29_an_id_twice_in_one_batch(returned: bool, address: int) -> None:
     """Whether or not it was returned meanwhile: it was in flight when it was looked at."""
     with PackedArena() as arena:
         for number in (1, 2, 1, 3):
-            arena.ring.offer(d(), id=number)
+            arena.ring.offer(d(address), id=number)
         chains = arena.device.pop_many()
         assert [chain.head for chain in chains] == [1, 2]
         if returned:
             arena.device.push_many(chains)
         meet(arena, Refusal("BufferIdInFlight", {"queue": 3, "head": 2, "id": 1}))
         assert [chain.head for chain in arena.device.pop_many()] == [3]
+
+
+def test_p7_a_table_that_a_short_cut_would_take_is_refused_where_it_is_not_negotiated_or_is_chained() -> None:
+    for features, flags, refusal_ in (
+        (PACKED, INDIRECT, Refusal("IndirectNotNegotiated", {"queue": 3, "head": 0})),
+        (PACKED_INDIRECT, INDIRECT | NEXT, Refusal("IndirectWithNext", {"queue": 3, "head": 0})),
+    ):
+        with PackedArena(features=features) as arena:
+            arena.ring.table(SEAM + 0x100, IN_A_ROW)
+            row = [table_at(SEAM + 0x100, 48, flags), d(SEAM)][: 1 + bool(flags & NEXT)]
+            arena.ring.offer(*row, id=7)
+            meet(arena, refusal_)
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+def test_s28_nor_can_those_that_a_short_cut_would_take(indirect: bool) -> None:
+    free = 0 if indirect else 2
+    with PackedArena(8, position=4) as arena:
+        for number in range(4 - free // 2):
+            arena.ring.offer(d(SEAM), d(SEAM), id=number)
+        assert len(arena.device.pop_many()) == 4 - free // 2
+        descriptors = [arena.ring.table(SEAM + 0x100, IN_A_ROW)] if indirect else IN_A_ROW
+        at = arena.ring.offer(*descriptors, id=7) % 8
+        meet(arena, Refusal("RingOverrun", {"queue": 3, "head": at, "slots": len(descriptors), "free": free}))
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4])

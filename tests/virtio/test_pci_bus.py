@@ -87,6 +87,9 @@ def test_the_address_port_takes_32_bits_at_once_and_keeps_what_is_defined() -> N
         pci.write_port(port, data)
         assert pci.read_port(port, len(data)) == b"\xff" * len(data)
     assert pci.read_port(0xCF8, 4) == bytes.fromhex("fc ff ff 80")
+    select(pci, 1, 0x3C)
+    pci.write_port(0xCF8, b"\x0b")
+    assert pci.read_port(0xCF8, 1) == b"\xff" and pci.read_ecam(1 << 15 | 0x38, 5) == bytes(5)
 
 
 def test_t5_memory_and_ports_reach_the_same_bytes_at_any_width() -> None:

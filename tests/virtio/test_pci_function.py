@@ -204,6 +204,59 @@ def test_registers_are_reached_through_configuration_space_without_a_bar() -> No
     assert driver.get(data, 1) == 1
 
 
+def test_of_a_write_through_the_window_as_much_is_taken_as_it_is_wide() -> None:
+    driver = Driver()
+    device = driver.function.device
+    assert isinstance(device, Toy)
+    data = window(driver, 0, driver.places[DEVICE].offset + 4, 2)
+    assert driver.put(data, 4, 0x04030201) == [] and device.written == [(4, b"\1\2")]
+
+
+def test_nothing_but_its_data_is_an_access_through_the_window() -> None:
+    driver = Driver()
+    function = driver.function
+    device = function.device
+    assert isinstance(device, Toy)
+    plain = function.config.read(0, 256)
+    function.transport.used_buffer()
+    data = window(driver, 0, driver.places[ISR].offset, 1)
+    for offset, size in ((0, 4), (data - 4, 4), (data + 1, 3), (data + 4, 4), (252, 4)):
+        if offset != data - 4:
+            assert function.read_config(offset, size) == plain[offset : offset + size]
+        assert len(function.read_config(offset, size)) == size and function.transport.isr == 1
+    window(driver, 0, driver.places[DEVICE].offset, 4)
+    for offset in (4, 0x3C, data + 1, data - 1, 252):
+        driver.put(offset, 1, 0)
+    assert device.written == []
+
+
+@pytest.mark.parametrize("offset", [0x1001, 0x1800, 0x1FFC, 0x3000, 0x3FFC, 0x400C, 0x4040, 0x7FF8])
+def test_t5_between_the_structures_there_is_nothing(offset: int) -> None:
+    driver = Driver()
+    function = driver.function
+    device, table = function.device, driver.get(driver.msix + 4, 4)
+    assert isinstance(device, Toy)
+    driver.unmask(0, 0x41)
+    before = [function.read(table + at, 8) for at in range(0, 16 * (len(SIZES) + 1), 8)]
+    assert function.transport.refused == 0 and function.read(offset, 4) == bytes(4)
+    function.write(offset, b"\xff" * 4)
+    assert function.transport.refused == 2 and function.msix.refused == 0
+    assert function.take_effects() == [] and device.written == []
+    assert [function.read(table + at, 8) for at in range(0, 16 * (len(SIZES) + 1), 8)] == before
+
+
+def test_the_table_and_the_pending_bits_read_where_the_capability_says() -> None:
+    driver = Driver()
+    function = driver.function
+    table, pending = driver.get(driver.msix + 4, 4), driver.get(driver.msix + 8, 4)
+    driver.unmask(1, 0x41)
+    assert function.read(table + 16, 8) + function.read(table + 24, 8) == struct.pack("<QII", 0xFEE0_0000, 0x41, 0)
+    function.msix.pending = {2}.__contains__
+    assert function.read(pending, 8) == b"\4" + bytes(7)
+    function.write(pending, bytes(8))
+    assert function.read(pending, 8) == b"\4" + bytes(7) and function.transport.refused == 1
+
+
 def test_reading_the_isr_through_configuration_space_takes_it() -> None:
     driver = Driver()
     driver.function.transport.used_buffer()
@@ -227,6 +280,7 @@ def test_t5_a_window_that_cannot_be_reaches_nothing(bar: int, offset: int, lengt
     assert driver.put(data, 4, 0xFFFF_FFFF) == []
     driver.get(data, 4)
     assert isinstance(driver.function.device, Toy) and driver.function.device.written == []
+    assert driver.function.transport.refused == driver.function.msix.refused == 0
 
 
 def test_more_queues_than_there_are_vectors_for_are_refused() -> None:

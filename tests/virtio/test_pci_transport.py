@@ -156,6 +156,7 @@ def test_a_queue_is_disabled_by_a_reset_alone() -> None:
     driver = Driver()
     driver.negotiate()
     driver.set_up(0, 8)
+    assert driver.put(ENABLE, 2) == driver.put(ENABLE, 0) == [] and driver.get(ENABLE) == 0
     driver.put(ENABLE, 1)
     refused = driver.transport.refused
     assert driver.put(ENABLE, 0) == driver.put(ENABLE, 2) == driver.put(ENABLE, 1) == []
@@ -252,6 +253,7 @@ def test_t3_cve_2026_45782_a_reset_is_over_only_when_its_owner_says_so_and_leave
     driver.transport.used_buffer()
     assert driver.put(STATUS, 0) == [Reset(), VectorAssigned(CONFIG, None), VectorAssigned(1, None)]
     assert driver.get(STATUS) == ALIVE
+    assert driver.put(STATUS, 0) == [Reset(), VectorAssigned(CONFIG, None), VectorAssigned(1, None)]
     for offset, value in ((STATUS, ALIVE), (MSIX_CONFIG, 1), (ENABLE, 1), (DRIVER_FEATURE, 1)):
         assert driver.put(offset, value) == []
     driver.transport.write_config(0, b"x")

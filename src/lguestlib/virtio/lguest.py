@@ -241,7 +241,7 @@ class LguestBus:
         # A type of 0 ends the page.
         left = self.size + PAGE - self._descriptor_end - 1
         if transport.size > left:
-            raise BusFull(f"{name}: a descriptor of {transport.size} bytes, of the page {max(left, 0)} are left")
+            raise BusFull(f"{name}: a descriptor of {transport.size} bytes, of the page {left} are left")
 
     def notify(self, address: int) -> EarlyText | Told | Stray | None:
         """The guest notifies guest-physical *address*, and no eventfd took it; None for nothing to see to."""

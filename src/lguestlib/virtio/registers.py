@@ -119,7 +119,7 @@ class RegisterTransport:
         return self._current_config()[offset : offset + size].ljust(size, b"\0")
 
     def _device_features(self) -> int:
-        return self.offered >> 32 * self._device_page & 0xFFFF_FFFF if self._device_page < 2 else 0
+        return self.offered >> 32 * self._device_page & 0xFFFF_FFFF
 
     def _select_device_page(self, value: int) -> None:
         self._device_page = value
@@ -202,7 +202,7 @@ class RegisterTransport:
             self.refused += 1
             return None
         before = self.status
-        self._status = advance(before, value, self._acceptable) & ~Status.NEEDS_RESET
+        self._status = advance(before, value, self._acceptable)
         if self._status & ~before & Status.DRIVER_OK:
             return DriverReady(self.features)
         return None

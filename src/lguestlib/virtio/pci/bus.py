@@ -116,21 +116,19 @@ class PciBus:
         elif named := self._named(port, len(data)):
             named[0].write_config(named[1], data)
 
-    def _mapped(self, offset: int, size: int) -> tuple[Configured, int] | None:
+    def _mapped(self, offset: int) -> tuple[Configured, int] | None:
         number, register = divmod(offset, pci.PCI_CFG_SPACE_EXP_SIZE)
         function = self._function(number)
-        if function is None or register + size > pci.PCI_CFG_SPACE_EXP_SIZE:
-            return None
-        return function, register
+        return None if function is None else (function, register)
 
     def read_ecam(self, offset: int, size: int) -> bytes:
         """*size* bytes the processor reads at *offset* of the window."""
-        mapped = self._mapped(offset, size)
+        mapped = self._mapped(offset)
         return mapped[0].read_config(mapped[1], size) if mapped else b"\xff" * size
 
     def write_ecam(self, offset: int, data: bytes) -> None:
         """The processor writes *data* at *offset* of the window."""
-        mapped = self._mapped(offset, len(data))
+        mapped = self._mapped(offset)
         if mapped:
             mapped[0].write_config(mapped[1], data)
 

@@ -109,7 +109,7 @@ class ConfigSpace:
         Nor is it anywhere while its size is asked for, up at the end of the 64 bits.
         """
         size = self._bars[index]
-        at = self._get(abi.PCI_BASE_ADDRESS_0 + 4 * index, 8) & -size & (1 << 64) - 1
+        at = self._get(abi.PCI_BASE_ADDRESS_0 + 4 * index, 8) & -size
         if not self.command & abi.PCI_COMMAND_MEMORY or at == 0 or at == (1 << 64) - size:
             return None
         return GuestAddress(at)

@@ -106,7 +106,7 @@ class PciFunction:
         writable = abi.virtio_pci_cfg_cap(
             abi.virtio_pci_cap(bar=0xFF, offset=0xFFFF_FFFF, length=0xFFFF_FFFF)
         )
-        return self._add_vendor(window, bytes(writable)[2:_CFG_DATA])
+        return self._add_vendor(window, bytes(writable)[2:])
 
     def _add_vendor(self, cap: Structure, writable: bytes = b"") -> int:
         return self.config.add_capability(pci.PCI_CAP_ID_VNDR, bytes(cap)[2:], writable)

@@ -60,7 +60,7 @@ class MsixTable:
     def message(self, vector: int) -> Message | None:
         """What *vector* sends; None while it is masked, or MSI-X is not enabled."""
         entry = self._entries[abi.PCI_MSIX_ENTRY_SIZE * vector : abi.PCI_MSIX_ENTRY_SIZE * (vector + 1)]
-        masked = entry[abi.PCI_MSIX_ENTRY_VECTOR_CTRL] & abi.PCI_MSIX_ENTRY_CTRL_MASKBIT
+        masked = entry[abi.PCI_MSIX_ENTRY_VECTOR_CTRL]
         if masked or self._function_masked or not self._enabled:
             return None
         address = GuestAddress(int.from_bytes(entry[:8], "little"))

@@ -24,7 +24,7 @@ COMMON_SIZE = size_of(abi.virtio_pci_common_cfg) + 8
 
 class _Register(NamedTuple):
     size: int
-    read: Callable[[], int] | None
+    read: Callable[[], int]
     write: Callable[[int], Sequence[PciEffect] | None] | None
 
 
@@ -57,7 +57,7 @@ class PciTransport(RegisterTransport):
     def read_common(self, offset: int, size: int) -> bytes:
         """*size* bytes of the common configuration that the driver reads at *offset*."""
         register = self._common.get(offset)
-        if register is None or register.read is None or register.size != size:
+        if register is None or register.size != size:
             self.refused += 1
             return bytes(size)
         return register.read().to_bytes(size, "little")
@@ -138,7 +138,7 @@ class PciTransport(RegisterTransport):
         return registers
 
     def _accepted_features(self) -> int:
-        return self.accepted >> 32 * self._driver_page & 0xFFFF_FFFF if self._driver_page < 2 else 0
+        return self.accepted >> 32 * self._driver_page & 0xFFFF_FFFF
 
     def _write_status(self, value: int) -> Sequence[PciEffect]:
         assigned = list(self.assigned)
