@@ -5,6 +5,7 @@ _UNCHANGED = "a short cut: what has not changed is checked again and gives the s
 _JUDGED_LATER = "a short cut: without it the shape is found not to be one below"
 _FIRST_ONLY = "only the first element is used"
 _LOOK = "it bounds how many flags are looked at: what comes of those behind is the same"
+_WAITING = "those that wait still are resumed before any other is taken"
 _TYPE = "it is there for the type alone: what follows would find the same"
 
 EQUIVALENT: dict[tuple[str, str, str], str] = {
@@ -38,6 +39,8 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
      "without the end abi.PCI_MSIX_ENTRY_SIZE * (vector + 1)"): "only the first entry's fields are used",
     ("pci/msix", 'return Message(address, int.from_bytes(entry[8:12], "little"))', "without the end 12"):
         "the control word behind it is 0 here: the vector is not masked",
+    ("inflight", "self._resumed.update(self.waiting[:count])", "without the end count"): _WAITING,
+    ("inflight_packed", "self._resumed |= {row[-1].id: row for row in self.waiting[:count]}", "without the end count"): _WAITING,
     ("vhost_user/backend", "if not self._is_served(ring) or ring.addresses is None:", "without ring.addresses is None"): _TYPE,
     ("vhost_user/message", "if self._header is None or self.wanted:", "without self._header is None"): _TYPE,
 }  # fmt: skip

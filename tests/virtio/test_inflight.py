@@ -278,6 +278,16 @@ def test_what_an_honest_record_may_hold_is_not_refused() -> None:
     world.close()
 
 
+@pytest.mark.parametrize("record", [bytes(144), packed({})[:144]], ids=["not begun", "begun"])
+def test_what_lies_behind_the_last_entry_is_neither_read_nor_written(record: bytes) -> None:
+    world = World(record=record + b"\xff" * 48)
+    device = world.device()
+    world.ring.offer(7)
+    assert heads(device.pop_many()) == [7] and world.area[144:] == b"\xff" * 48
+    device.release()
+    world.close()
+
+
 def test_cve_2026_86565_a_record_for_a_smaller_queue_is_refused_and_one_for_a_larger_serves() -> None:
     with Arena(16) as arena:
         arena.device.release()

@@ -120,6 +120,18 @@ def test_a_part_is_its_header_and_an_entry_for_each_descriptor_to_the_next_64_by
             packed_part_of(area, index, entries)
 
 
+def test_what_lies_behind_the_last_entry_is_neither_read_nor_written() -> None:
+    world = World(4, record=bytes(160) + b"\xff" * 32)
+    for _ in range(2):
+        device = world.device()
+        world.ring.offer(Packed(BUFFERS_AT, 8), id=3)
+        chains = device.pop_many()
+        assert [chain.head for chain in chains] == [3] and world.area[160:] == b"\xff" * 32
+        device.push_many(chains)
+        device.release()
+    world.close()
+
+
 def test_the_record_is_byte_for_byte_the_specifications() -> None:
     world = World(start=3)
     device = world.device()
