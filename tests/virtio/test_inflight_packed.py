@@ -421,6 +421,27 @@ class Driver:
         return device
 
 
+@pytest.mark.parametrize("start", [1, 3, 5, 7])
+def test_t17_a_batch_of_which_the_driver_has_seen_nothing_is_undone_round_the_rings_end_too(start: int) -> None:
+    world = World(4, start)
+    device, life = world.device(), Life(1)
+    for number in (0, 1):
+        world.ring.offer(Packed(BUFFERS_AT, 8), id=number)
+    chains = device.pop_many()
+    watched(device, life, "_flags")
+    with pytest.raises(Killed):
+        device.push_many(chains)
+    assert world.ring.used(start) is None and world.ring.used(start + 1) is not None
+    device.release()
+    # Behind the wrap counters: what is there says nothing.
+    world.area[22:24] = b"\xff\xff"
+    device = world.device()
+    assert world.ring.used(start) is world.ring.used(start + 1) is None
+    assert [chain.head for chain in device.pop_many()] == [0, 1]
+    device.release()
+    world.close()
+
+
 def request_of(chain: Chain) -> int:
     return int.from_bytes(chain.read(), "little")
 

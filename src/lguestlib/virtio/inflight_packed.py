@@ -285,7 +285,7 @@ class PackedInflightRecord:
         """The entries of the chain from entry *first* on, none of which was *seen* before."""
         words = self._words
         number, last = words[_NUM + _WORD_STEP * first], words[_LAST + _WORD_STEP * first]
-        if not 0 < number <= self._size:
+        if not number:
             raise self._error(f"desc[{first}].num", number)
         entries: list[int] = []
         entry = first

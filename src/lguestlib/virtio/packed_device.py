@@ -542,7 +542,7 @@ class PackedDeviceQueue:
         if not moved:
             return False
         self._fence()
-        old = (self._used - moved) % (2 * self.size)
+        old = self._used - moved
         return wants_to_know(self._driver_event, self._event_idx, self._order, self.size, old, moved)
 
     def _mark_ring(self, slot: int, count: int) -> None:

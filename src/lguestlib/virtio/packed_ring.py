@@ -38,7 +38,7 @@ def position_of(off_wrap: int, size: int) -> int:
 def wants_to_know(
     event: memoryview, event_idx: bool, order: Fence | None, size: int, old: int, moved: int
 ) -> bool:
-    """Whether who writes *event* wants to be told of *moved* descriptors from position *old* on.
+    """Whether who writes *event* wants to be told of *moved* descriptors from position *old*, modulo two laps, on.
 
     With *event_idx* it may name the one it waits for.  What makes no sense is
     taken for ENABLE: to be told once too often is safe (virtio 1.3, 2.8.10; P6).
