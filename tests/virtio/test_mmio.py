@@ -187,6 +187,13 @@ def test_t1_features_not_offered_are_not_negotiated() -> None:
         assert bool(driver.get(abi.VIRTIO_MMIO_STATUS) & OK) is (got == NEGOTIATED)
 
 
+def test_t1_what_was_not_offered_is_never_among_the_features() -> None:
+    driver = Driver()
+    driver.put(abi.VIRTIO_MMIO_STATUS, A | D)
+    driver.accept(0xFFFF_FFFF_FFFF_FFFF)
+    assert driver.transport.features == driver.transport.offered
+
+
 def test_t1_without_version_1_there_is_no_agreement() -> None:
     driver = Driver()
     assert driver.negotiate(int(RING_FEATURES & ~Feature.VERSION_1)) == A | D

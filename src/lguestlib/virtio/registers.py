@@ -69,8 +69,8 @@ class RegisterTransport:
 
     @property
     def features(self) -> int:
-        """The features negotiated, once FEATURES_OK is set: what was accepted, and then only what was offered."""
-        return self.accepted
+        """The features negotiated, once FEATURES_OK is set."""
+        return self.accepted & self.offered
 
     @property
     def layouts(self) -> list[QueueLayout]:
