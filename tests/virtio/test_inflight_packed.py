@@ -224,7 +224,7 @@ def test_cve_2026_86565_a_record_that_cannot_be_is_refused_and_left_as_it_was() 
     entries: list[tuple[int, dict[str, int]]] = [
         (0, {"inflight": 2}), (0, {"num": 0}), (0, {"num": 3}), (0, {"num": 5}), (0, {"last": 0}),
         (0, {"next": 0}), (0, {"next": 2}), (0, {"next": 9}), (0, {"counter": 1 << 63}), (1, {"id": 0}),
-        (3, {"next": 3}), (3, {"next": 0xFFFF}),
+        (0, {"next": 0, "last": 0}), (0, {"next": 0, "last": 0, "num": 0xFFFF}), (3, {"next": 3}), (3, {"next": 0xFFFF}),
     ]  # fmt: skip
     for index, change in entries:
         made = world()
@@ -280,6 +280,7 @@ def test_s19_of_several_chains_those_before_a_refused_one_are_returned_and_recor
     assert [world.entry(index).inflight for index in range(4)] == [0, 0, 0, 1] and world.header.used_idx == 3
     chains[3].written = -1
     assert isinstance(raised(lambda: device.push_many(chains[3:])), errors.UsedLengthError)
+    assert world.header.used_idx == 3
     chains[3].written = 8
     device.push_many(chains[3:])
     assert world.header.used_idx == 4

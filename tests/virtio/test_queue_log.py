@@ -291,6 +291,21 @@ def test_t16_of_a_packed_ring_the_descriptors_written_over_are_marked_where_they
         ring.release()
 
 
+def test_of_a_packed_ring_too_what_is_not_to_be_logged_is_not(log: Log) -> None:
+    with memory_of((0, 0x10000)) as memory:
+        layout = QueueLayout.contiguous(0, 8, GuestAddress(0x4000))
+        for buffers, used in ((False, USED_AT), (True, None), (False, None)):
+            ring = PackedRing(memory, layout)
+            device = PackedDeviceQueue(layout, memory, PACKED, log=QueueLog(log, buffers, used))
+            log.taken()
+            ring.offer(Packed(0x8000, 16, WRITE))
+            device.push_many(device.pop_many())
+            assert log.taken() == ({8} if buffers else set()) | ({4} if used else set())
+            device.release()
+            ring.release()
+            memory.zero(GuestAddress(0x4000), PAGE)
+
+
 def test_t16_a_log_too_small_for_a_packed_ring_is_refused() -> None:
     with nothing_left(), memory_of((0, 0x1_0000)) as memory:
         layout = QueueLayout.contiguous(0, 8, GuestAddress(0x9000))
