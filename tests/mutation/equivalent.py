@@ -33,6 +33,13 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
      "never id1 < size and start >= 0 and length and end <= room and not chains[id1].in_flight"): _SHORT_CUT,
     ("packed_device", "elif shape & ~VRING_DESC_F_WRITE == VRING_DESC_F_INDIRECT and indirect and at < free:",
      "shape, not shape & ~VRING_DESC_F_WRITE"): _SHORT_CUT,
+    ("packed_device", "length and length1 and length2 and start >= 0 and start1 >= 0 and start2 >= 0",
+     "never length and length1 and length2 and start >= 0 and start1 >= 0 and start2 >= 0 and end <= room and "
+     "end1 <= room and end2 <= room and not chain.in_flight and (small or length + length1 + length2 <= LENGTH_MAX)"):
+        _SHORT_CUT,
+    ("packed_device", "and (small or length + length1 + length2 <= LENGTH_MAX)", "without small"): "it implies the other half",
+    ("packed_device", "and (small or length + length1 + length2 <= LENGTH_MAX)",
+     "without length + length1 + length2 <= LENGTH_MAX"): _SHORT_CUT,
     ("packed_device", "window = min(window, most)", "most, not min(window, most)"): _LOOK,
     ("packed_device", "window = min(window, most)", "window, not min(window, most)"): _LOOK,
     ("pci/msix", "entry = self._entries[abi.PCI_MSIX_ENTRY_SIZE * vector : abi.PCI_MSIX_ENTRY_SIZE * (vector + 1)]",

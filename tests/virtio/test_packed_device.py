@@ -38,6 +38,7 @@ from virtio.rings import (
 
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
+from lguestlib.memory.region import Region
 from lguestlib.virtio import errors
 from lguestlib.virtio.chain import INDIRECT_MAX, Chain
 from lguestlib.virtio.device_queue import new_device_queue
@@ -469,6 +470,27 @@ def test_s14_descriptors_of_no_length_are_skipped_but_counted() -> None:
         assert [len(view) for view in chain.readable] == [3]
         arena.device.push(chain, 0)
         assert arena.device.state == QueueState(0, 0)
+
+
+@pytest.mark.parametrize("indirect", [False, True])
+def test_s15_lengths_may_add_up_to_what_a_used_length_can_tell_and_no_more(indirect: bool) -> None:
+    third = 0x5555_5555
+    with GuestMemory([Region.memfd(GuestAddress(0), 0x6000_0000)]) as memory:
+        layout = QueueLayout.contiguous(3, 8, GuestAddress(VICTIM_AT))
+        ring = PackedRing(memory, layout)
+        device = PackedDeviceQueue(layout, memory, PACKED_INDIRECT)
+        for extra in (0, 1):
+            row = [d(0, third), d(0, third, WRITE), d(0, third + extra, WRITE)]
+            at = ring.offer(*([ring.table(TABLES_AT, row)] if indirect else row), id=2)
+            if extra:
+                expected = {"queue": 3, "head": at, "length": 1 << 32}
+                assert refusal(raised(device.pop)) == ("ChainTooLong", expected)
+            else:
+                chain = taken(device)
+                assert (chain.readable_length, chain.writable_length) == (third, 2 * third)
+                device.push(chain, 0)
+        ring.release()
+        device.release()
 
 
 def test_s16_the_exact_end_is_legal() -> None:
