@@ -29,27 +29,47 @@ class _Change(NamedTuple):
 
 def mutants(source: str) -> Iterator[Mutant]:
     """Every one that *source* has, in the order of its lines."""
-    data, lines = source.encode(), source.splitlines()
-    starts = [0]
-    for line in data.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
+    text, lines = _Text(source), source.splitlines()
     changes = sorted(
-        _Checks(source).found(), key=lambda change: (change.node.lineno, change.node.col_offset, change.what)
+        _Checks(text).found(), key=lambda change: (change.node.lineno, change.node.col_offset, change.what)
     )
-    for node, text, what in changes:
-        assert node.end_lineno is not None and node.end_col_offset is not None
-        start = starts[node.lineno - 1] + node.col_offset
-        end = starts[node.end_lineno - 1] + node.end_col_offset
-        changed = (data[:start] + text.encode() + data[end:]).decode()
-        yield Mutant(node.lineno, what, lines[node.lineno - 1].strip(), changed)
+    for node, new, what in changes:
+        yield Mutant(node.lineno, what, lines[node.lineno - 1].strip(), text.with_(new, node))
+
+
+class _Text:
+    """A module's source, in which a node's place is known."""
+
+    def __init__(self, source: str) -> None:
+        self.tree = ast.parse(source)
+        self._data = source.encode()
+        self._starts = [0]
+        for line in self._data.splitlines(keepends=True):
+            self._starts.append(self._starts[-1] + len(line))
+
+    def _span(self, first: ast.stmt | ast.expr, last: ast.stmt | ast.expr) -> tuple[int, int]:
+        assert last.end_lineno is not None and last.end_col_offset is not None
+        return (
+            self._starts[first.lineno - 1] + first.col_offset, self._starts[last.end_lineno - 1] + last.end_col_offset
+        )  # fmt: skip
+
+    def between(self, first: ast.stmt | ast.expr, last: ast.stmt | ast.expr) -> str:
+        """From *first*'s start to *last*'s end, in one line."""
+        start, end = self._span(first, last)
+        return " ".join(self._data[start:end].decode().split())
+
+    def with_(self, new: str, node: ast.stmt | ast.expr) -> str:
+        """The whole with *new* in *node*'s place."""
+        start, end = self._span(node, node)
+        return (self._data[:start] + new.encode() + self._data[end:]).decode()
 
 
 class _Checks:
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: _Text) -> None:
         self._source = source
 
     def found(self) -> Iterator[_Change]:
-        tree = ast.parse(self._source)
+        tree = self._source.tree
         alone = {
             id(node.body[0]) for node in ast.walk(tree) if isinstance(node, ast.If) and len(node.body) == 1
         }
@@ -71,8 +91,8 @@ class _Checks:
                 case ast.BoolOp(op=ast.And(), values=values):
                     yield from self._without_one(node, values, " and ")
                 case ast.Compare(left=left, ops=[_, _], comparators=[middle, _]):
-                    yield self._reduced(node, self._between(left, middle))
-                    yield self._reduced(node, self._between(middle, node))
+                    yield self._reduced(node, self._source.between(left, middle))
+                    yield self._reduced(node, self._source.between(middle, node))
                 case ast.BinOp(left=left, op=ast.BitAnd(), right=right) if _is_mask(right):
                     yield self._reduced(node, self._text(left))
                 case ast.BinOp(left=left, op=ast.Mod()) if not isinstance(left, ast.Constant):
@@ -104,16 +124,7 @@ class _Checks:
         return _Change(node, f"({text})", f"{text}, not {self._text(node)}")
 
     def _text(self, node: ast.stmt | ast.expr) -> str:
-        text = ast.get_source_segment(self._source, node)
-        assert text is not None
-        return " ".join(text.split())
-
-    def _between(self, first: ast.expr, last: ast.expr) -> str:
-        whole = ast.Constant(
-            None, lineno=first.lineno, col_offset=first.col_offset, end_lineno=last.end_lineno,
-            end_col_offset=last.end_col_offset,
-        )  # fmt: skip
-        return self._text(whole)
+        return self._source.between(node, node)
 
 
 def _leaves(body: list[ast.stmt]) -> bool:

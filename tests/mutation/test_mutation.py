@@ -1,8 +1,10 @@
 """What takes checks out finds each of them, and knows one that is missed from one that is not."""
 
+from collections import Counter
 from pathlib import Path
 
 import pytest
+from mutation.equivalent import EQUIVALENT
 from mutation.mutants import mutants
 from mutation.suites import SUITES
 from mutation.trial import Copy
@@ -99,3 +101,13 @@ def test_every_module_has_cases_and_is_there() -> None:
     for module, suite in SUITES.items():
         assert (root / f"src/lguestlib/virtio/{module}.py").is_file(), module
         assert all((root / test.partition("::")[0]).is_file() for test in suite.all), module
+
+
+def test_each_reason_is_for_one_check_that_is_there() -> None:
+    root = Path(__file__).parents[2]
+    found = Counter(
+        (module, mutant.code, mutant.what)
+        for module in {module for module, _, _ in EQUIVALENT}
+        for mutant in mutants((root / f"src/lguestlib/virtio/{module}.py").read_text())
+    )
+    assert {key: found[key] for key in EQUIVALENT} == dict.fromkeys(EQUIVALENT, 1)
