@@ -184,6 +184,18 @@ def test_what_was_in_flight_comes_first_and_can_be_put_back() -> None:
     world.close()
 
 
+def test_no_more_are_taken_and_recorded_than_were_asked_for() -> None:
+    world = World(8)
+    device = world.device()
+    for number in range(5):
+        world.ring.offer(Packed(BUFFERS_AT, 8), id=number)
+    for limit, expected in ((2, [0, 1]), (1, [2]), (64, [3, 4])):
+        assert [chain.head for chain in device.pop_many(limit)] == expected
+        assert sum(world.entry(index).inflight for index in range(8)) == expected[-1] + 1
+    device.release()
+    world.close()
+
+
 def test_a_malformed_chain_stays_the_next_in_turn() -> None:
     world = World()
     device = world.device()
