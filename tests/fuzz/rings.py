@@ -19,14 +19,14 @@ FAR, FAR_SIZE = 0x1_0000_0000, 0x1000
 TABLES_AT = HOME + 0x4000
 TABLE_SIZE = 16 * 12
 
-_ADDRESSES = (
+ADDRESSES = (
     HOME, HOME + 0x8000, HOME + 0x8001, HOME + HOME_SIZE - 64, HOME + HOME_SIZE - 1, HOME + HOME_SIZE, HOME - 1, 0,
     FAR, FAR + FAR_SIZE - 1, FAR - 1, 1 << 63, (1 << 64) - 1, (1 << 64) - 64,
     *(TABLES_AT + TABLE_SIZE * number for number in range(4)),
 )  # fmt: skip
-_LENGTHS = (0, 1, 16, 32, 48, 64, TABLE_SIZE, 512, 4096, HOME_SIZE, 15, 17, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF)
-_FLAGS = (0, 1, 2, 3, 1, 3, 4, 4, 5, 6, 7, 8, 0x8000, 0xFFFF)
-_FEATURES = (
+LENGTHS = (0, 1, 16, 32, 48, 64, TABLE_SIZE, 512, 4096, HOME_SIZE, 15, 17, 0x7FFF_FFFF, 0x8000_0000, 0xFFFF_FFFF)
+FLAGS = (0, 1, 2, 3, 1, 3, 4, 4, 5, 6, 7, 8, 0x8000, 0xFFFF)
+FEATURES = (
     0, Feature.RING_INDIRECT_DESC, Feature.RING_INDIRECT_DESC | Feature.RING_EVENT_IDX, Feature.RING_EVENT_IDX,
 )  # fmt: skip
 
@@ -36,7 +36,7 @@ def one(seed: int) -> int:
     random = Random(seed)
     draw = random.random
     size = random.choice((1, 2, 4, 8, 8, 16))
-    features = int(random.choice(_FEATURES) | Feature.VERSION_1)
+    features = int(random.choice(FEATURES) | Feature.VERSION_1)
     with memory_of((HOME, HOME_SIZE), (FAR, FAR_SIZE)) as memory:
         ring = Ring(memory, QueueLayout.contiguous(0, size, GuestAddress(HOME)))
         oracle, where = Oracle(ring, features), Where(memory)
@@ -48,8 +48,8 @@ def one(seed: int) -> int:
             for number in range(RINGS):
                 into, entries = (table, size) if draw() < 0.7 else (tables, 4 * TABLE_SIZE // 16)
                 DESCRIPTOR.pack_into(
-                    into, 16 * int(draw() * entries), _ADDRESSES[int(draw() * len(_ADDRESSES))],
-                    _LENGTHS[int(draw() * len(_LENGTHS))], _FLAGS[int(draw() * len(_FLAGS))],
+                    into, 16 * int(draw() * entries), ADDRESSES[int(draw() * len(ADDRESSES))],
+                    LENGTHS[int(draw() * len(LENGTHS))], FLAGS[int(draw() * len(FLAGS))],
                     int(draw() * (size + 1)) if draw() < 0.95 else 0xFFFF,
                 )  # fmt: skip
                 head = int(draw() * size) if draw() < 0.98 else size

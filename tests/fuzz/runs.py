@@ -5,11 +5,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from fuzz import images, registers, requests, rings, transcripts
+from fuzz import images, lguest, packed_rings, pci, registers, requests, rings, transcripts
 
 TARGETS: dict[str, Callable[[int], int]] = {
     "rings": rings.one,
+    "packed": packed_rings.one,
     "registers": registers.one,
+    "pci": pci.one,
+    "lguest": lguest.one,
     "requests": requests.one,
     "transcripts": transcripts.one,
     "images": images.one,

@@ -30,15 +30,11 @@ _MARGIN = 4 * PAGE
 _CANARY = b"\xa5"
 
 
-class Ground:
-    """Three regions of guest memory, cut out of a file whose other bytes are nobody's to touch.
+class Enclosure:
+    """Regions of guest memory, each a base and a length, cut out of a file whose other bytes are nobody's to touch."""
 
-    Queue 4 is the neighbour of the one that is attacked.
-    """
-
-    def __init__(self) -> None:
+    def __init__(self, *extents: tuple[int, int]) -> None:
         self._fd = os.memfd_create("arena")
-        extents = ((0, SEAM), (SEAM, END - SEAM), (ISLAND, PAGE))
         at, places = _MARGIN, []
         for _, length in extents:
             places.append(at)
@@ -51,6 +47,37 @@ class Ground:
             Region.from_fd(GuestAddress(base), length, self._fd, place)
             for (base, length), place in zip(extents, places)
         )
+
+    def margins_hold(self) -> None:
+        """Nothing outside guest memory was touched."""
+        for start, end in self._margins:
+            assert os.pread(self._fd, end - start, start) == _CANARY * (end - start)
+
+    def _release(self) -> None:
+        """Let go of what is in guest memory."""
+
+    def close(self) -> None:
+        """Give everything back, which shows that nothing has kept a view (Y4)."""
+        self.margins_hold()
+        self._release()
+        self.memory.close()
+        os.close(self._fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            self.close()
+
+
+class Ground(Enclosure):
+    """Three regions of it.  Queue 4 is the neighbour of the one that is attacked."""
+
+    def __init__(self) -> None:
+        super().__init__((0, SEAM), (SEAM, END - SEAM), (ISLAND, PAGE))
         self._neighbour = Ring(self.memory, QueueLayout.contiguous(4, 4, GuestAddress(NEIGHBOUR_AT)))
         self._neighbour_device = SplitDeviceQueue(self._neighbour.layout, self.memory, ALL_FEATURES)
 
@@ -69,31 +96,9 @@ class Ground:
             device.push(chain, chain.write(b"neighbour"))
             assert ring.used(before) == (0, length) and ring.used_idx == before + 1
 
-    def margins_hold(self) -> None:
-        """Nothing outside guest memory was touched."""
-        for start, end in self._margins:
-            assert os.pread(self._fd, end - start, start) == _CANARY * (end - start)
-
     def _release(self) -> None:
-        """Let go of the ring that is attacked."""
-
-    def close(self) -> None:
-        """Give everything back, which shows that nothing has kept a view (Y4)."""
-        self.margins_hold()
-        self._release()
         self._neighbour.release()
         self._neighbour_device.release()
-        self.memory.close()
-        os.close(self._fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is None:
-            self.close()
 
 
 class Arena(Ground):
@@ -111,6 +116,7 @@ class Arena(Ground):
         return SplitDeviceQueue(self.ring.layout, self.memory, features, RingIndex(next_available))
 
     def _release(self) -> None:
+        super()._release()
         self.ring.release()
         self.device.release()
 
@@ -135,5 +141,6 @@ class PackedArena(Ground):
         return PackedDeviceQueue(self.ring.layout, self.memory, features, state)
 
     def _release(self) -> None:
+        super()._release()
         self.ring.release()
         self.device.release()
