@@ -377,7 +377,7 @@ def test_every_case_is_listed_without_a_back_end() -> None:
     assert len(lines) == len(CASES)
     assert any(line.startswith("ring+thread+vhost-user  S8 an indirect table after direct") for line in lines)
     listed = json.loads(run("conform", "--list", "--json", "--only", "P7").output)
-    assert {case["name"].split()[0] for case in listed} == {"P7"} and listed[0]["runners"] == ["ring", "vhost-user"]
+    assert {case["name"].split()[0] for case in listed} == {"P7"} and listed[0]["runners"] == ["ring", "thread", "vhost-user"]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ A case knows no machine.  Addresses are places (`At`), which whoever runs it
 resolves; what he cannot do makes him skip the case and say so.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -299,9 +299,7 @@ class RingCase(Case):
 
     @property
     def runners(self) -> tuple[str, ...]:
-        if any(isinstance(step, Take) for step in self.steps):
-            return ("ring",)
-        return ("ring", "thread", "vhost-user")
+        return _runners(self.steps)
 
 
 @dataclass(frozen=True)
@@ -321,6 +319,11 @@ class PackedCase(Case):
     demanded: bool = False
 
     @property
+    def is_hostile(self) -> bool:
+        """As a `RingCase`'s."""
+        return not self.demanded
+
+    @property
     def needs(self) -> int:
         """As a `RingCase`'s."""
         entries = [entry for step in self.steps if isinstance(step, Fill) for entry in step.descriptors]
@@ -330,7 +333,13 @@ class PackedCase(Case):
 
     @property
     def runners(self) -> tuple[str, ...]:
-        return ("ring",) if any(isinstance(step, Take) for step in self.steps) else ("ring", "vhost-user")
+        return _runners(self.steps)
+
+
+def _runners(steps: Sequence[RingStep | PackedStep]) -> tuple[str, ...]:
+    """Chains taken in hand one by one can be had from a ring alone."""
+    alone = any(isinstance(step, Take) for step in steps)
+    return ("ring",) if alone else ("ring", "thread", "vhost-user")
 
 
 def _needed(features: int, has_table: bool, has_event: bool) -> int:
