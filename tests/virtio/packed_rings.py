@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from struct import Struct
 from typing import NamedTuple
 
-from virtio.rings import INDIRECT, NEXT, PLAIN, WITH_EVENT, WITH_INDIRECT, Outcome, Verdict, Where, refusal
+from virtio.rings import INDIRECT, NEXT, PLAIN, WITH_EVENT, WITH_INDIRECT, Outcome, Refusal, Verdict, Where, refusal
 
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.virtio import errors
+from lguestlib.virtio.chain import Chain
 from lguestlib.virtio.features import Feature
 from lguestlib.virtio.layout import DescriptorIndex, QueueLayout
 from lguestlib.virtio.packed_chain import buffer_id, read_row, walk_row
@@ -154,6 +155,22 @@ class PackedOracle:
             return refusal(error), len(row), number
         found = Outcome(tuple(map(self._where, readable)), tuple(map(self._where, writable)), read, written)
         return found, len(row), number
+
+    def all_from(self, position: int, held: Sequence[Chain] = ()) -> list[Verdict]:
+        """The verdicts on all that is available from *position* on, up to a refusal, with the chains *held* in flight."""
+        ring, size = self._ring, self._ring.size
+        flying = [int(chain.head) for chain in held]
+        free = size - sum(chain.slots for chain in held)
+        verdicts: list[Verdict] = []
+        while ring.described(position % size).flags & (AVAIL | USED) == (AVAIL if wrap_counter(position, size) else USED):
+            verdict, slots, number = self(position % size, flying, free)
+            verdicts.append(verdict)
+            if isinstance(verdict, Refusal):
+                break
+            flying.append(number)
+            free -= slots
+            position += slots
+        return verdicts
 
     def release(self) -> None:
         self._table.release()

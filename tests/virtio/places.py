@@ -1,6 +1,11 @@
 """Guest memory in which chains are decoded, and the places in it that matter."""
 
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
 from lguestlib.virtio.chain import INDIRECT_MAX
+
+T = TypeVar("T")
 
 HOME = 0x10000
 """Guest-physical address of the largest region, which the short cuts know."""
@@ -42,3 +47,19 @@ PLACES = [
     (TABLES_AT, 16 * INDIRECT_MAX + 16),
 ]
 """Addresses and lengths: good, bad, and on the edge between."""
+
+
+def sample(options: Sequence[T], repeat: int, count: int, offset: int = 0) -> Iterator[list[T]]:
+    """*count* of the many elements of ``product(options, repeat=repeat)``, spread over all of it."""
+    total = len(options) ** repeat
+    # The golden section leaves no part out; odd, and not of the small primes that numbers of options have.
+    stride = int(total * 0.6180339887498949) | 1
+    while any(stride % prime == 0 for prime in (2, 3, 5, 7)):
+        stride += 2
+    for number in range(count):
+        index = (number * stride + offset) % total
+        chosen = []
+        for _ in range(repeat):
+            index, which = divmod(index, len(options))
+            chosen.append(options[which])
+        yield chosen

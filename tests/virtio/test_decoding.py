@@ -16,6 +16,7 @@ from virtio.places import (
     REGIONS,
     RING_AT,
     TABLES_AT,
+    sample,
 )
 from virtio.rings import (
     INDIRECT,
@@ -141,18 +142,36 @@ def test_every_ring_of_two_descriptors(features: int) -> None:
 
 def linked(size: int) -> list[tuple[int, int]]:
     """All flags and nexts that mean different things in a table of *size*."""
-    alone = [(0, 0), (WRITE, 0), (INDIRECT, 0)]
-    return alone + [(flags, following) for flags in (NEXT, NEXT | WRITE) for following in range(size + 1)]
+    alone = [(0, 0), (WRITE, 0), (INDIRECT, 0), (INDIRECT | WRITE, 0)]
+    # What is both indirect and chained is refused, wherever it would go on.
+    both = [(INDIRECT | NEXT, 1), (INDIRECT | NEXT | WRITE, 1)]
+    return alone + both + [(flags, following) for flags in (NEXT, NEXT | WRITE) for following in range(size + 1)]
 
 
 def test_every_way_to_link_four_descriptors() -> None:
+    """From head 0 all of them, from each of the others every third."""
     buffers = [(BUFFERS_AT + 64 * index, 16 + 32 * (index == 2)) for index in range(4)]
     with comparison("one region", 4, WITH_INDIRECT) as compared:
-        for links in product(linked(4), repeat=4):
+        before: tuple[tuple[int, int] | None, ...] = (None,) * 4
+        for number, links in enumerate(product(linked(4), repeat=4)):
             for index, (buffer, link) in enumerate(zip(buffers, links)):
-                compared.ring.describe(index, Descriptor(*buffer, *link))
+                if link != before[index]:
+                    compared.ring.describe(index, Descriptor(*buffer, *link))
+            before = links
             compared.agree(0)
-            compared.agree(1)
+            compared.agree(1 + number % 3)
+
+
+def test_rings_of_four_descriptors_with_any_links_and_places() -> None:
+    """Of all of them, which are many, every so manyth, the same ones each time."""
+    places = [PLACES[index] for index in (0, 1, 3, 6, 14, 15)]
+    options = list(product(places, linked(4)))
+    with comparison("neighbours", 4, WITH_INDIRECT) as compared:
+        compared.ring.table(TABLES_AT, TABLE)
+        for number, descriptors in enumerate(sample(options, 4, 20_000)):
+            for index, (place, link) in enumerate(descriptors):
+                compared.ring.describe(index, Descriptor(*place, *link))
+            compared.agree(number % 4)
 
 
 @pytest.mark.parametrize("head", [0, 1, 2])

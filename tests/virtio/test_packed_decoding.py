@@ -17,7 +17,7 @@ from virtio.packed_rings import (
     off_wrap,
     wrap_counter,
 )
-from virtio.places import BUFFERS_AT, FAR, HOME, HOME_END, NEXT_DOOR, PLACES, REGIONS, RING_AT, TABLES_AT
+from virtio.places import BUFFERS_AT, FAR, HOME, HOME_END, NEXT_DOOR, PLACES, REGIONS, RING_AT, TABLES_AT, sample
 from virtio.rings import INDIRECT, NEXT, WRITE, Refusal, Verdict, Where, memory_of, refusal, without_frames
 
 from lguestlib.memory.address import GuestAddress
@@ -70,6 +70,35 @@ class Comparison:
             self.device = PackedDeviceQueue(ring.layout, self.memory, self.features, QueueState(where, where))
         return found
 
+    def begin_at(self, position: int) -> None:
+        """Both sides go on there, if they are elsewhere."""
+        where = off_wrap(position, self.ring.size)
+        if self.device.state != QueueState(where, where):
+            self.device.release()
+            self.device = PackedDeviceQueue(
+                self.ring.layout, self.memory, self.features, QueueState(where, where)
+            )
+        self.ring.position = position
+
+    def agree_on_all(self, position: int, *descriptors: Packed) -> None:
+        """A ring that holds just these, marks and all, from *position* on: what is popped is what the oracle says."""
+        for index, descriptor in enumerate(descriptors):
+            self.ring.describe(index, descriptor)
+        self.begin_at(position)
+        expected = self.oracle.all_from(position)
+        self.chains += 1
+        found: list[Verdict] = []
+        taken: list[Chain] = []
+        try:
+            while chains := self.device.pop_many():
+                taken += chains
+                found += map(self.where.outcome, chains)
+        except errors.ChainError as error:
+            found.append(refusal(error))
+            without_frames(error)
+        assert found == expected, (position, descriptors)
+        self.device.put_back(taken)
+
     def release(self) -> None:
         self.ring.release()
         self.device.release()
@@ -119,16 +148,58 @@ def test_every_way_to_flag_three_descriptors_at_every_place_of_two_laps(size: in
         ring = compared.ring
         for start in range(2 * size):
             for flags, number in product(product(range(8), repeat=3), (0, size - 1, size)):
-                where = off_wrap(start, size)
-                compared.device.release()
-                compared.device = PackedDeviceQueue(
-                    ring.layout, compared.memory, compared.features, QueueState(where, where)
-                )
-                ring.position = start
                 if start == size:
                     # All zeros would be a new ring.
                     ring.describe(size - 1, Packed(0, 0, AVAIL | USED))
+                compared.begin_at(start)
                 compared.agree(*[Packed(*buffer, flag, number) for buffer, flag in zip(buffers, flags)])
+
+
+FLAGS = [shape | marks for shape in range(8) for marks in (0, AVAIL, USED, AVAIL | USED)]
+"""All there are: NEXT, WRITE and INDIRECT, and AVAIL and USED."""
+PLACES_OF_MARKED = [(BUFFERS_AT, 16), (TABLES_AT, 48), (HOME_END - 16, 17)]
+
+
+def starts(size: int) -> list[int]:
+    """The positions of two laps, but for the second one's first, which is a new ring's where no flag is set."""
+    return [start for start in range(2 * size) if start != size]
+
+
+def test_every_ring_of_one_descriptor_whatever_its_marks() -> None:
+    with comparison("one region", 1, PACKED_INDIRECT) as compared:
+        compared.ring.table(TABLES_AT, TABLE)
+        for place, flags, number in product(PLACES, FLAGS, (0, 1, 0xFFFF)):
+            compared.agree_on_all(0, Packed(*place, flags, number))
+            if flags & USED:
+                compared.agree_on_all(1, Packed(*place, flags, number))
+
+
+def test_every_ring_of_two_descriptors_whatever_their_marks() -> None:
+    with comparison("one region", 2, PACKED_INDIRECT) as compared:
+        compared.ring.table(TABLES_AT, TABLE)
+        for flags in product(FLAGS, repeat=2):
+            for places in product(PLACES_OF_MARKED, repeat=2):
+                compared.agree_on_all(0, *[
+                    Packed(*place, flag, number) for number, (place, flag) in enumerate(zip(places, flags))
+                ])
+        for start in starts(2):
+            for flags, numbers in product(product(FLAGS, repeat=2), ((1, 0), (1, 1))):
+                compared.agree_on_all(start, *[
+                    Packed(BUFFERS_AT, 16, flag, number) for number, flag in zip(numbers, flags)
+                ])
+
+
+@pytest.mark.parametrize("size", [3, 4])
+def test_rings_of_three_and_of_four_descriptors_whatever_their_marks(size: int) -> None:
+    """Of 32 flags, 3 places and 2 IDs for each, at each place of two laps: every so manyth, the same ones each time."""
+    options = list(product(FLAGS, PLACES_OF_MARKED, (0, 1)))
+    with comparison("one region", size, PACKED_INDIRECT) as compared:
+        compared.ring.table(TABLES_AT, TABLE)
+        for start in starts(size):
+            for chosen in sample(options, size, 12_000 // len(starts(size)), start):
+                compared.agree_on_all(start, *[
+                    Packed(*place, flags, number + slot & size - 1) for slot, (flags, place, number) in enumerate(chosen)
+                ])
 
 
 def test_every_place_for_each_of_a_row_of_three() -> None:
@@ -265,7 +336,7 @@ def test_random_rings(regions: str, size: int) -> None:
         # Gone past, and never to be given back.
         lost = 0
         turn = 0
-        while chains < 15_000:
+        while chains < 6_000:
             turn += 1
             room = size - lost - sum(chain.slots for chain in held)
             ids = [number for number in range(size) if all(chain.head != number for chain in held)]
