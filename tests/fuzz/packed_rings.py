@@ -45,11 +45,25 @@ def one(seed: int) -> int:
                         into, slot = tables, int(draw() * (4 * TABLE_SIZE // 16))
                     elif draw() < 0.6:
                         slot = (first + int(draw() * 4)) % size
+                    marks = _MARKS[int(draw() * 4)]
+                    if draw() < 0.5:
+                        # Good as far as it goes: rings get full of such, and see what comes then.
+                        DESCRIPTOR.pack_into(into, 16 * slot, HOME + 0x8000, 16, int(draw() * size), int(draw() * 4) | marks)
+                        continue
                     DESCRIPTOR.pack_into(
                         into, 16 * slot, ADDRESSES[int(draw() * len(ADDRESSES))], LENGTHS[int(draw() * len(LENGTHS))],
                         int(draw() * (size + 1)) if draw() < 0.95 else 0xFFFF,
-                        FLAGS[int(draw() * len(FLAGS))] & ~BOTH | _MARKS[int(draw() * 4)],
+                        FLAGS[int(draw() * len(FLAGS))] & ~BOTH | marks,
                     )  # fmt: skip
+                if draw() < 0.15:
+                    # As a block request has them, in a row or in a table.
+                    into, slots = table, [(first + step) % size for step in range(3)]
+                    buffer_id = int(draw() * size)
+                    if draw() < 0.4:
+                        DESCRIPTOR.pack_into(table, 16 * first, TABLES_AT, 48, buffer_id, 4)
+                        into, slots = tables, [0, 1, 2]
+                    for slot, flags in zip(slots, (1, 3 if draw() < 0.5 else 1, 2)):
+                        DESCRIPTOR.pack_into(into, 16 * slot, HOME + 0x8000, 16, buffer_id, flags)
                 table[16 * first + 14] = table[16 * first + 14] & ~AVAIL | available & AVAIL
                 table[16 * first + 15] = table[16 * first + 15] & ~(USED >> 8) | (available & USED) >> 8
                 if draw() < 0.05:
@@ -69,7 +83,7 @@ def one(seed: int) -> int:
                     assert sum(map(len, chain.readable)) == chain.readable_length
                     assert sum(map(len, chain.writable)) == chain.writable_length
                     chain.written = chain.writable_length
-                if draw() < 0.8:
+                if draw() < 0.6:
                     device.push_many(held)
                     held.clear()
                     device.should_interrupt()
