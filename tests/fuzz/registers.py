@@ -5,12 +5,14 @@ from random import Random
 from virtio.devices.test_block import Disk
 from virtio.devices.test_console import Line
 from virtio.devices.test_entropy import Source
+from virtio.devices.test_multiqueue_net import Networks
 from virtio.devices.test_net import MAC, Network
 
 from lguestlib.virtio.device import Device
 from lguestlib.virtio.devices.block import Block
 from lguestlib.virtio.devices.console import Console
 from lguestlib.virtio.devices.entropy import Entropy
+from lguestlib.virtio.devices.multiqueue_net import MultiqueueNet
 from lguestlib.virtio.devices.net import Net
 from lguestlib.virtio.effects import QueueStop, Reset
 from lguestlib.virtio.mmio import REGION_SIZE, MmioTransport
@@ -28,7 +30,7 @@ def one(seed: int) -> int:
     random = Random(seed)
     device: Device = random.choice(
         (lambda: Block(Disk(), num_queues=3), lambda: Net(Network(), MAC, mtu=1500), lambda: Console(Line()),
-         lambda: Entropy(Source()))
+         lambda: Entropy(Source()), lambda: MultiqueueNet(Networks(), MAC))
     )()  # fmt: skip
     transport = MmioTransport(device)
     config = device.config()

@@ -10,6 +10,7 @@ import pytest
 import sessions
 from runtime.rigs import nothing_left
 from runtime.scripted_back_end import ScriptedBackEnd
+from runtime.test_tap import in_namespace
 
 from lguestlib.runtime.attachments import (
     Attachment,
@@ -21,6 +22,7 @@ from lguestlib.runtime.attachments import (
     guest_address,
 )
 from lguestlib.runtime.backend.packet import PacketNetwork
+from lguestlib.runtime.backend.tap import Tap
 from lguestlib.runtime.backend.terminal import Terminal
 from lguestlib.runtime.errors import LaunchError
 from lguestlib.runtime.interface import InterfaceAddress
@@ -29,6 +31,7 @@ from lguestlib.runtime.vhost_user.external import ExternalDisk
 from lguestlib.virtio.devices.block import SECTOR, Block
 from lguestlib.virtio.devices.console import Console
 from lguestlib.virtio.devices.entropy import Entropy
+from lguestlib.virtio.devices.multiqueue_net import MultiqueueNet
 from lguestlib.virtio.devices.net import Net
 
 
@@ -72,6 +75,16 @@ def test_a_guest_is_told_its_address_its_gateway_and_its_netmask() -> None:
         attachment = network("10.1.2.3/16")
         assert attachment.guest_parameters() == ["ip=10.1.2.4::10.1.2.3:255.255.0.0"]
         attachment.close()
+
+
+def test_a_card_has_a_pair_for_each_of_its_networks_queues() -> None:
+    def test() -> None:
+        attachment = NetworkAttachment(Tap(queues=2), address("10.1.2.3/16"), None)
+        card = attachment.device(3)
+        assert isinstance(card, MultiqueueNet) and (card.name, card.max_pairs, card.mtu) == ("net3", 2, 1500)
+        attachment.close()
+
+    in_namespace(test)
 
 
 def test_a_guest_in_a_bridge_is_told_nothing() -> None:

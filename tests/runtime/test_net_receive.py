@@ -388,6 +388,27 @@ def test_frames_as_long_as_the_interfaces_mtu_go_both_ways(mtu: int, features: i
     in_namespace(test)
 
 
+@pytest.mark.parametrize("used", [1, 2], ids=["detached", "attached"])
+def test_a_thread_that_waits_at_a_queue_of_several_stops_in_time(used: int) -> None:
+    def test() -> None:
+        tap = Tap(tracer=Tracer(), queues=2)
+        tap.use_pairs(used)
+        with Receiver(tap.pairs[1], GSO) as rig:
+            rig.give(60)
+            for _ in range(5):
+                rig.start()
+                eventually(rig.asleep, "the thread's sleep")
+                rig.stop_in_time()
+                rig.renew()
+            rig.start()
+            eventually(rig.asleep, "the thread's sleep")
+            tap.use_pairs(3 - used)
+            rig.stop_in_time()
+        tap.close()
+
+    in_namespace(test)
+
+
 def back(datagram: bytes) -> bytes:
     """The IPv4 UDP *datagram* on its way back: addresses and ports exchanged, no UDP checksum."""
     ports = datagram[22:24] + datagram[20:22]

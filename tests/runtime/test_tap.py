@@ -29,6 +29,8 @@ HOST = InterfaceAddress(bytes([10, 9, 8, 1]), 24)
 # linux/ethtool.h, linux/sockios.h
 ETHTOOL_GTXCSUM, ETHTOOL_GTSO = 0x16, 0x1E
 SIOCETHTOOL = 0x8946
+# linux/if_ether.h
+ETH_P_IP = 0x0800
 GUEST = Station(bytes.fromhex("020000000002"), bytes([10, 9, 8, 2]))
 
 
@@ -259,6 +261,72 @@ def test_the_kernel_answers_through_it() -> None:
                     assert reply
                     send(tap, reply)
                 assert echo.sequence == sequence
+
+    in_namespace(test)
+
+
+def test_frames_come_by_the_queues_that_are_used_and_go_by_all() -> None:
+    def test() -> None:
+        tap = Tap(queues=3)
+        without_ipv6(tap.name)
+        with Interfaces() as interfaces:
+            interfaces.set_up(tap.name)
+        assert len(tap.pairs) == 3 and tap.pairs[0] is tap
+        with socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(ETH_P_IP)) as host:
+            host.bind((tap.name, ETH_P_IP))
+            for used in (3, 1, 1, 2, 3, 2, 1):
+                tap.use_pairs(used)
+                arrived = set(receiving(tap))
+                while len(arrived) < used:
+                    for port in range(64):
+                        host.send(datagram(port))
+                    arrived.update(receiving(tap))
+                assert arrived == set(range(used))
+                for number, queue in enumerate(tap.pairs):
+                    queue.send([memoryview(bytearray(bytes(HEADER_SIZE) + datagram(number)))])
+                    while (heard := host.recv(100)) != datagram(number):
+                        assert heard in map(datagram, range(64)), "what it has sent itself"
+        tap.close()
+        assert names() == ["lo"]
+
+    in_namespace(test)
+
+
+def datagram(port: int) -> bytes:
+    """An Ethernet frame with an IPv4 UDP datagram: flows are told from each other by *port*."""
+    ip = bytes.fromhex("4500 0020 0000 0000 4011 0000") + HOST.address + GUEST.address
+    return bytes(12) + ETH_P_IP.to_bytes(2, "big") + ip + bytes([port, port, 0, 7, 0, 12, 0, 0]) + bytes([port] * 4)
+
+
+def receiving(tap: Tap) -> Iterator[int]:
+    """The queues that have frames, for each frame there is."""
+    for number, queue in enumerate(tap.pairs):
+        while select.select([queue.fd], [], [], 0.01)[0]:
+            queue.receive([memoryview(bytearray(2000))])
+            yield number
+
+
+def test_an_interface_with_several_queues_is_made_whole_or_not_at_all() -> None:
+    def test() -> None:
+        with pytest.raises(OSError) as caught:
+            Tap(queues=257)
+        assert caught.value.errno == errno.E2BIG and names() == ["lo"]
+
+    in_namespace(test)
+
+
+def test_a_queue_that_has_gone_fails_the_use_of_it_and_is_tried_again() -> None:
+    def test() -> None:
+        tap = Tap(queues=3)
+        fd, tap.pairs[2].fd = tap.pairs[2].fd, os.open(os.devnull, os.O_RDWR)
+        with pytest.raises(OSError) as caught:
+            tap.use_pairs(1)
+        assert (caught.value.errno, caught.value.filename) == (errno.ENOTTY, tap.name)
+        os.close(tap.pairs[2].fd)
+        tap.pairs[2].fd = fd
+        tap.use_pairs(1)
+        tap.use_pairs(3)
+        tap.close()
 
     in_namespace(test)
 

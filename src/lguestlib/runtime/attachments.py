@@ -43,6 +43,7 @@ from lguestlib.virtio.device import Device
 from lguestlib.virtio.devices.block import Block
 from lguestlib.virtio.devices.console import Console
 from lguestlib.virtio.devices.entropy import Entropy
+from lguestlib.virtio.devices.multiqueue_net import MultiqueueNet
 from lguestlib.virtio.devices.net import Net
 
 Say = Callable[[str], None]
@@ -150,7 +151,10 @@ class NetworkAttachment(Attachment):
         self._mac = mac or _station_address(address)
 
     def device(self, number: int) -> Device:
-        return Net(self._network, self._mac, f"net{number}", mtu=self._network.mtu)
+        network, mac, name = self._network, self._mac, f"net{number}"
+        if isinstance(network, Tap) and len(network.pairs) > 1:
+            return MultiqueueNet(network, mac, name, mtu=network.mtu)
+        return Net(network, mac, name, mtu=network.mtu)
 
     def guest_parameters(self) -> list[str]:
         if not self._address:
@@ -175,17 +179,17 @@ def attach(option: DeviceOption, say: Say, tracer: Tracer | None) -> Attachment:
             return DiskAttachment(FileDisk.scratch(size, tracer), queues)
         case Randomness():
             return EntropyAttachment()
-        case HostNetwork(address, mac):
+        case HostNetwork(address, mac, queues):
             asked = f"--tunnet {IPv4Address(address.address)}"
             if _is_local(address):
                 raise LaunchError(f"{asked}: this host has that address already (give another)")
-            tap = _open_tap(asked, tracer)
+            tap = _open_tap(asked, tracer, queues)
             _configure(tap, asked, lambda interfaces: interfaces.set_address(tap.name, address))
             say(f"network: {tap.name} has {_shown(address)}, the guest {guest_address(address)}")
             return NetworkAttachment(tap, address, mac)
-        case BridgedNetwork(bridge, mac):
+        case BridgedNetwork(bridge, mac, queues):
             asked = f"--tunnet bridge:{bridge}"
-            tap = _open_tap(asked, tracer)
+            tap = _open_tap(asked, tracer, queues)
             _configure(tap, asked, lambda interfaces: interfaces.add_to_bridge(tap.name, bridge))
             say(f"network: {tap.name} is a port of {bridge}")
             return NetworkAttachment(tap, None, mac)
@@ -197,8 +201,8 @@ def attach(option: DeviceOption, say: Say, tracer: Tracer | None) -> Attachment:
             pty = _open_pty(tracer)
             say(f"console: {pty.name}")
             return PtyAttachment(pty)
-        case PrivateNetwork(address):
-            return NetworkAttachment(_private_network(address, say, tracer), address, None)
+        case PrivateNetwork(address, queues):
+            return NetworkAttachment(_private_network(address, queues, say, tracer), address, None)
 
 
 def _open_disk(image: DiskImage, tracer: Tracer | None) -> FileDisk:
@@ -238,9 +242,9 @@ def _reach(path: str) -> ExternalDisk:
         raise LaunchError(f"--block vhost-user:{error}") from None
 
 
-def _open_tap(asked: str, tracer: Tracer | None) -> Tap:
+def _open_tap(asked: str, tracer: Tracer | None, queues: int) -> Tap:
     try:
-        return Tap(tracer=tracer)
+        return Tap(tracer=tracer, queues=queues)
     except OSError as error:
         as_root = "run as root, or leave --tunnet away for a network of the launcher's own"
         remedies = {errno.EACCES: as_root, errno.EPERM: as_root, errno.ENOENT: "modprobe tun"}
@@ -283,10 +287,10 @@ def _configure(tap: Tap, asked: str, request: Callable[[Interfaces], None]) -> N
         raise LaunchError(f"{asked}: {reason}") from None
 
 
-def _private_network(address: InterfaceAddress, say: Say, tracer: Tracer | None) -> PacketNetwork:
+def _private_network(address: InterfaceAddress, queues: int, say: Say, tracer: Tracer | None) -> PacketNetwork:
     """The TAP interface, or where anything is in its way the host in this process."""
     try:
-        tap, in_user_namespace = private_tap(address, tracer)
+        tap, in_user_namespace = private_tap(address, tracer, queues)
     except OSError as error:
         say(f"network: a host inside this process, because no TAP device can be had: {_reason(error)}")
         return Responder(str(IPv4Address(address.address)), tracer)

@@ -85,7 +85,8 @@ class DeviceRunner:
         self._interrupts = interrupts
         self._report = report
         # What one queue sends out comes back by another's: a ping's echo within the call that sent it.
-        self._processor = meeting_place() if any(queue.from_outside for queue in self.queues) else None
+        meet = any(queue.from_outside for queue in self.queues)
+        self._processors = [meeting_place(queue.party) if meet else None for queue in self.queues]
         self._threads: dict[int, QueueThread] = {}
         # Held by whoever starts or stops threads, never by a queue's thread.
         self._lock = threading.Lock()
@@ -139,7 +140,7 @@ class DeviceRunner:
         kind = TransferThread if queue.transfers else QueueThread
         thread = kind(
             f"{self.device.name} {queue.name}", queue, ring, self.kicks[index], self._interrupts[index],
-            self.counters[index], self._thread_failed, self._processor,
+            self.counters[index], self._thread_failed, self._processors[index],
         )  # fmt: skip
         self._threads[index] = thread
         thread.start()

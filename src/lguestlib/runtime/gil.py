@@ -17,15 +17,15 @@ def gil_enabled() -> bool:
     return look()
 
 
-def meeting_place() -> int | None:
+def meeting_place(party: int = 0) -> int | None:
     """The processor for threads that wake each other, or None for wherever the kernel has them.
 
     Under the GIL a thread that is woken on another processor while its waker
     still has Python to run waits for it twice, in futex(2); on one processor it
-    runs when the waker sleeps.  A process has one such place, and not every
-    process the same.
+    runs when the waker sleeps.  A process has one such place for each
+    *party* of threads, next to that of the party before, and not every process the same.
     """
     if not gil_enabled():
         return None
     allowed = sorted(os.sched_getaffinity(0))
-    return allowed[_place % len(allowed)]
+    return allowed[(_place + party) % len(allowed)]

@@ -14,12 +14,20 @@ from lguestlib.runtime.gil import SWITCH_INTERVAL
 from lguestlib.runtime.launch.choice import choose_hypervisor, way_of
 from lguestlib.runtime.launch.plan import Plan
 from lguestlib.runtime.machine import Outcome, Reboot, Stopped
-from lguestlib.runtime.options import DeviceOption, DiskImage, MachineOptions, ScratchDisk
+from lguestlib.runtime.options import (
+    BridgedNetwork,
+    DeviceOption,
+    DiskImage,
+    HostNetwork,
+    MachineOptions,
+    PrivateNetwork,
+    ScratchDisk,
+)
 from lguestlib.runtime.trace import Tracer
 from lguestlib.virtio.devices.console import Console
 
 QUEUES_MAX = 64
-"""Of a disk, each with a thread of its own."""
+"""Of a disk, each with a thread of its own; of a network, with two."""
 
 
 class Launcher:
@@ -114,7 +122,8 @@ class Launcher:
 
 
 def _with_queues(option: DeviceOption, cpus: int) -> DeviceOption:
-    """A disk with a queue for each processor, if its *option* asks for no more than one."""
-    if isinstance(option, DiskImage | ScratchDisk) and option.queues == 1:
+    """A disk or network with a queue for each processor, if its *option* asks for no more than one."""
+    kinds = DiskImage | ScratchDisk | HostNetwork | BridgedNetwork | PrivateNetwork
+    if isinstance(option, kinds) and option.queues == 1:
         return replace(option, queues=min(cpus, QUEUES_MAX))
     return option

@@ -33,13 +33,15 @@ def enter_network_namespace() -> bool:
     return not privileged
 
 
-def private_tap(address: InterfaceAddress, tracer: Tracer | None = None) -> tuple[Tap, bool]:
+def private_tap(
+    address: InterfaceAddress, tracer: Tracer | None = None, queues: int = 1
+) -> tuple[Tap, bool]:
     """A TAP interface with *address*, up, in a new namespace; and what `enter_network_namespace` says.
 
     Raises OSError where anything is in its way: then the interface is gone.
     """
     in_user_namespace = enter_network_namespace()
-    tap = Tap("tap0", tracer)
+    tap = Tap("tap0", tracer, queues=queues)
     try:
         without_ipv6(tap.name)
         with Interfaces() as interfaces:

@@ -50,18 +50,23 @@ class ScratchDisk:
 
 @dataclass(frozen=True)
 class HostNetwork:
-    """A TAP interface of the host's, with an IPv4 address there; *mac* is the guest's."""
+    """A TAP interface of the host's, with an IPv4 address there; *mac* is the guest's.
+
+    It has so many *queues* each way.
+    """
 
     address: InterfaceAddress
     mac: bytes | None = None
+    queues: int = 1
 
 
 @dataclass(frozen=True)
 class BridgedNetwork:
-    """A TAP interface that is a port of the host's *bridge*; *mac* is the guest's."""
+    """A TAP interface that is a port of the host's *bridge*; otherwise as `HostNetwork`."""
 
     bridge: str
     mac: bytes | None = None
+    queues: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,12 +86,13 @@ class LoopbackNetwork:
 
 @dataclass(frozen=True)
 class PrivateNetwork:
-    """A TAP interface with *address* in a network namespace of the launcher's own.
+    """A TAP interface with *address* and so many *queues* in a network namespace of the launcher's own.
 
     Where that may not be had: a host in this process.
     """
 
     address: InterfaceAddress
+    queues: int = 1
 
 
 @dataclass(frozen=True)
@@ -122,8 +128,8 @@ class MachineOptions:
     Linux without *initrd* has a shell, which is *script*'s if that is not None.
     *verbose*: tell where a guest on lguest finds its devices.  *linux*: without *kernel* the
     host's own Linux runs, on KVM, otherwise as User-mode Linux does.  *cpus* and *transport*
-    are for guests on KVM; by default a Linux finds its devices by PCI.  A disk gets as many
-    queues as there are processors, if it is not said otherwise.
+    are for guests on KVM; by default a Linux finds its devices by PCI.  A disk or a network gets
+    as many queues as there are processors, if it is not said otherwise.
     """
 
     hypervisor: HypervisorName = "auto"

@@ -57,7 +57,8 @@ class Queue:
     With *from_outside* the service blocks until the outside has something, and
     the driver is told of each chain before the next call.  *merging*, where it
     has room, serves instead of *service*; and so do *transfers*, where they are
-    given: many chains are then in hand at a time.
+    given: many chains are then in hand at a time.  Queues of one *party* wake each
+    other: what one of them sends out comes back by another.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Queue:
     from_outside: bool = False
     merging: Merging | None = None
     transfers: Transfers | None = None
+    party: int = 0
 
 
 def _nobody(device: "Device") -> None:

@@ -3,7 +3,8 @@
 import ctypes
 import errno
 import os
-from contextlib import suppress
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
 from typing import Self
 
 from lguestlib.abi import tun
@@ -37,29 +38,53 @@ _HOST_OFFLOADS = (
 """What the kernel takes from a guest: nobody needs telling, the header of each frame says it."""
 
 
+
+class _FurtherQueue(PacketNetwork):
+    """A queue of the TAP interface *name*, attached."""
+
+    def __init__(self, fd: int, name: str, tracer: Tracer | None) -> None:
+        super().__init__(fd, "tap", tracer)
+        self._name = name
+        self._attached = True
+
+    def attach(self, attached: bool) -> None:
+        """From now on the kernel puts frames for the guest into it, or does not.  Raises OSError."""
+        if attached == self._attached:
+            return
+        request = ifreq()
+        request.ifr_ifru.ifru_flags = tun.IFF_ATTACH_QUEUE if attached else tun.IFF_DETACH_QUEUE
+        ioctl(self.fd, tun.TUNSETQUEUE, request, "TUNSETQUEUE", self._name)
+        self._attached = attached
+
+
 class Tap(PacketNetwork):
     """A TAP interface in the calling thread's network namespace, gone when this is closed.
 
-    *name* may hold a ``%d`` for the kernel to number.  Raises OSError where TAP
+    *name* may hold a ``%d`` for the kernel to number.  This is the first of its so
+    many *queues*.  Raises OSError where TAP
     devices may not be had; EBUSY where there is an interface of that name, unless
     it need not be *new* (and see `existing`).
     """
 
     offloads = sum(1 << bit for bit in (*_GUEST_OFFLOADS, *_HOST_OFFLOADS))
 
-    def __init__(self, name: str = "tap%d", tracer: Tracer | None = None, *, new: bool = True) -> None:
-        fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
-        try:
-            request = ifreq(ifr_name=os.fsencode(name))
-            request.ifr_ifru.ifru_flags = _FLAGS | (tun.IFF_TUN_EXCL if new else 0)
-            ioctl(fd, tun.TUNSETIFF, request, "TUNSETIFF", name)
+    def __init__(
+        self, name: str = "tap%d", tracer: Tracer | None = None, *, new: bool = True, queues: int = 1
+    ) -> None:
+        flags = _FLAGS | (tun.IFF_MULTI_QUEUE if queues > 1 else 0)
+        with ExitStack() as opened:
+            fd, self.name = _open_queue(name, flags | (tun.IFF_TUN_EXCL if new else 0))
+            opened.callback(os.close, fd)
             _set_header_size(fd, HEADER_SIZE, name)
             ioctl(fd, tun.TUNSETOFFLOAD, 0, "TUNSETOFFLOAD", name)
-        except BaseException:
-            os.close(fd)
-            raise
-        super().__init__(fd, "tap", tracer)
-        self.name = os.fsdecode(request.ifr_name)
+            super().__init__(fd, "tap", tracer)
+            others = []
+            for _ in range(1, queues):
+                other = _FurtherQueue(_open_queue(self.name, flags)[0], self.name, tracer)
+                opened.callback(other.close)
+                others.append(other)
+            opened.pop_all()
+        self._others = others
 
     @classmethod
     def existing(cls, name: str, tracer: Tracer | None = None) -> Self:
@@ -90,6 +115,11 @@ class Tap(PacketNetwork):
         return bool(request.ifr_ifru.ifru_flags & tun.IFF_PERSIST)
 
     @property
+    def pairs(self) -> Sequence[PacketNetwork]:
+        """Its queues, this one first."""
+        return (self, *self._others)
+
+    @property
     def mtu(self) -> int:
         """The interface's MTU as it is now.  Raises OSError."""
         with Interfaces() as interfaces:
@@ -101,11 +131,31 @@ class Tap(PacketNetwork):
         flags = sum(flag for bit, flag in _GUEST_OFFLOADS.items() if features & 1 << bit)
         ioctl(self.fd, tun.TUNSETOFFLOAD, flags, "TUNSETOFFLOAD", self.name)
 
+    def use_pairs(self, count: int) -> None:
+        """Give frames for the guest to the first *count* queues alone; all are, to begin with.  Raises OSError."""
+        for number, queue in enumerate(self._others, 1):
+            queue.attach(number < count)
+
     def close(self) -> None:
         """Let go of the interface.  Whoever opens one that stays finds whole frames again, checksums done."""
         with suppress(OSError):
             self.activate(0)
+        for queue in self._others:
+            queue.close()
         super().close()
+
+
+def _open_queue(name: str, flags: int) -> tuple[int, str]:
+    """The descriptor of a queue of the interface *name*, and that name as the kernel has it."""
+    fd = os.open(DEVICE, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        request = ifreq(ifr_name=os.fsencode(name))
+        request.ifr_ifru.ifru_flags = flags
+        ioctl(fd, tun.TUNSETIFF, request, "TUNSETIFF", name)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, os.fsdecode(request.ifr_name)
 
 
 def _set_header_size(fd: int, size: int, name: str) -> None:

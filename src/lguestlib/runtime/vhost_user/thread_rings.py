@@ -98,7 +98,8 @@ class ThreadRings:
         self._threads: list[QueueThread] = []
         self._on_lost: Callable[[], None] = lambda: None
         self.loss: MappingLost | None = None
-        self._processor = meeting_place() if any(queue.from_outside for queue in queues) else None
+        meet = any(queue.from_outside for queue in queues)
+        self._processors = [meeting_place(queue.party) if meet else None for queue in queues]
 
     def open(self, on_lost: Callable[[], None]) -> None:
         self._on_lost = on_lost
@@ -172,7 +173,7 @@ class ThreadRings:
         thread = kind(
             f"{self._name} {queue.name}", queue, ring, self._kick(setup),
             self._interrupt(setup), self._counters[index],
-            lambda thread, error: self._failed(thread, error, on_failure), self._processor,
+            lambda thread, error: self._failed(thread, error, on_failure), self._processors[index],
             AdaptivePoll(self._poll) if self._poll else None,
         )  # fmt: skip
         try:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from lguestlib.abi import virtio_net as abi
+from lguestlib.abi.layout import offset_of
 from lguestlib.abi.virtio_ids import VIRTIO_ID_NET
 from lguestlib.virtio.chain import Chain, part
 from lguestlib.virtio.device import Device, Queue
@@ -41,8 +42,9 @@ OFFERED_MAX = 256
 
 _NUM_BUFFERS_AT = LEGACY_HEADER_SIZE
 _ONE_BUFFER = struct.pack("<H", 1)
-_CONFIG = struct.Struct("<6sH")
-_CONFIG_MTU = struct.Struct("<6sHHH")
+_CONFIG = struct.Struct("<6sHHH")
+_CONFIG_PAIRS_AT = offset_of(abi.virtio_net_config, "max_virtqueue_pairs")
+_CONFIG_MTU_AT = offset_of(abi.virtio_net_config, "mtu")
 
 
 def header_size(features: int) -> int:
@@ -193,6 +195,11 @@ class Net(Device):
         self._header_size = HEADER_SIZE
 
     @property
+    def max_pairs(self) -> int:
+        """How many pairs of a receive and a transmit queue it has."""
+        return 1
+
+    @property
     def features(self) -> int:
         bits = [abi.VIRTIO_NET_F_MAC, abi.VIRTIO_NET_F_STATUS, abi.VIRTIO_NET_F_MRG_RXBUF]
         if self.mtu is not None:
@@ -200,9 +207,10 @@ class Net(Device):
         return sum(1 << bit for bit in bits) | self._backend.offloads
 
     def config(self) -> bytes:
-        if self.mtu is None:
-            return _CONFIG.pack(self.mac, abi.VIRTIO_NET_S_LINK_UP)
-        return _CONFIG_MTU.pack(self.mac, abi.VIRTIO_NET_S_LINK_UP, 1, self.mtu)
+        config = _CONFIG.pack(self.mac, abi.VIRTIO_NET_S_LINK_UP, self.max_pairs, self.mtu or 0)
+        if self.mtu is not None:
+            return config
+        return config[: _CONFIG_PAIRS_AT if self.max_pairs == 1 else _CONFIG_MTU_AT]
 
     def queues(self) -> Sequence[Queue]:
         return (
