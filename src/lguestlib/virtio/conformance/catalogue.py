@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterator
 
 from lguestlib.virtio.conformance.case import Case
 from lguestlib.virtio.conformance.conversation_cases import CONVERSATION_CASES
+from lguestlib.virtio.conformance.library_cases import LIBRARY_CASES
 from lguestlib.virtio.conformance.packed_cases import PACKED_CASES
 from lguestlib.virtio.conformance.python_cases import PYTHON_CASES
 from lguestlib.virtio.conformance.register_cases import REGISTER_CASES
@@ -16,7 +17,9 @@ def _order(case: Case) -> tuple[str, int]:
 
 
 CASES: tuple[Case, ...] = tuple(
-    sorted((*SPLIT_CASES, *PACKED_CASES, *CONVERSATION_CASES, *REGISTER_CASES, *PYTHON_CASES), key=_order)
+    sorted(
+        (*SPLIT_CASES, *PACKED_CASES, *CONVERSATION_CASES, *REGISTER_CASES, *LIBRARY_CASES, *PYTHON_CASES), key=_order
+    )
 )
 """Every case, in the order of the rows."""
 
