@@ -11,6 +11,7 @@ from typing import Self
 from lguestlib.memory.address import GuestAddress
 from lguestlib.memory.guest import GuestMemory
 from lguestlib.runtime.counters import QueueCounters
+from lguestlib.runtime.failure import without_frames
 from lguestlib.runtime.interrupt import EventfdInterrupt
 from lguestlib.runtime.kick import EventfdKick
 from lguestlib.runtime.polling import AdaptivePoll
@@ -105,7 +106,7 @@ class Rig:
         self.thread = self._new_thread()
 
     def _failed(self, thread: QueueThread, error: Exception) -> None:
-        self.failures.append(error.with_traceback(None))
+        self.failures.append(without_frames(error))
 
     def start(self) -> None:
         self.thread.start()

@@ -306,3 +306,23 @@ def test_finishing_can_be_given_up(guest: Guest, device: Echo) -> None:
     guest.runner.finish(lambda: time.monotonic() - start > 0.05)
     assert time.monotonic() - start < 0.3
     go.set()
+
+
+def test_a_queue_whose_thread_cannot_start_fails_its_device_with_one_line_until_the_reset(
+    guest: Guest, reports: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start, starts = threading.Thread.start, 0
+
+    def refuse(thread: threading.Thread) -> None:
+        nonlocal starts
+        starts += 1
+        if starts == 2:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    guest.start()
+    assert reports == ["echo source: RuntimeError: can't start new thread; the device has stopped until it is reset"]
+    assert guest.driver.status & Status.NEEDS_RESET
+    guest.start()
+    assert guest.request(b"again") == b"again" and len(reports) == 1

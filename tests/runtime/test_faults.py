@@ -2,9 +2,13 @@
 
 import errno
 import os
+import select
+import socket
+import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from runtime.rigs import Rig, buffer, eventually, nothing_left
@@ -13,9 +17,12 @@ from lguestlib.abi import uio
 from lguestlib.memory.address import GuestAddress
 from lguestlib.runtime.backend.file import FileDisk
 from lguestlib.runtime.backend.loopback import Loopback
+from lguestlib.runtime.backend.packet import PacketNetwork
 from lguestlib.runtime.backend.pty import Pty
 from lguestlib.runtime.backend.random import KernelRandom
+from lguestlib.runtime.backend.responder import Responder
 from lguestlib.runtime.backend.terminal import Terminal
+from lguestlib.runtime.packets import Station, arp_reply, arp_request
 from lguestlib.virtio.chain import part
 from lguestlib.virtio.device import Queue
 from lguestlib.virtio.devices.block import Block
@@ -78,8 +85,8 @@ class Fault:
 class Disk:
     """A disk's queue, and a neighbour that has nothing to do with it."""
 
-    def __init__(self) -> None:
-        self.disk = FileDisk.scratch(1 << 20)
+    def __init__(self, disk: FileDisk | None = None) -> None:
+        self.disk = disk or FileDisk.scratch(1 << 20)
         self.rig = Rig(Block(self.disk).queues()[0])
         self.neighbour = Rig(Queue("neighbour", lambda chain: chain.write(b"fine")))
         for rig in (self.rig, self.neighbour):
@@ -147,6 +154,42 @@ def test_a_disks_call_that_fails_is_in_that_requests_status_alone(
                     assert device.data(number) == content(number)
 
 
+@contextmanager
+def small_file_system(path: Path) -> Iterator[Path]:
+    """A tmpfs of 16 pages of 4 KiB, at *path*."""
+    path.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", path], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"{mounted.stderr.strip()} (run as root, where mount(2) is allowed)")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+def test_a_file_system_that_is_full_fails_the_writes_it_has_no_room_for_and_loses_nothing(tmp_path: Path) -> None:
+    with small_file_system(tmp_path / "small") as small:
+        image, ballast = small / "disk", small / "ballast"
+        with open(image, "wb") as file:
+            file.truncate(1 << 20)
+        ballast.write_bytes(bytes(8 * SIZE))
+        with closing(Disk(FileDisk.open(str(image)))) as device:
+            statuses = [device.request(OUT, number) for number in range(14)]
+            # What there was room for, and from then on nothing.
+            fitted = statuses.index(IOERR)
+            assert 0 < fitted < 14 and set(statuses[fitted:]) == {IOERR}
+            assert [device.request(OUT, number) for number in range(fitted)] == [OK] * fitted, "they have room"
+            assert device.request(FLUSH, 0) == OK
+            for number in range(14):
+                assert device.request(IN, number) == OK
+                assert device.data(number) == (content(number) if number < fitted else bytes(SIZE))
+            ballast.unlink()
+            # It goes on by itself.
+            assert [device.request(OUT, number) for number in range(14)] == [OK] * 14
+            assert device.request(FLUSH, 0) == OK
+        assert image.read_bytes()[: 14 * SIZE] == b"".join(map(content, range(14)))
+
+
 def network(nth: int, outcome: int, monkeypatch: pytest.MonkeyPatch, call: str) -> tuple[Net, Rig, Rig, Loopback, Fault]:
     loop = Loopback()
     card = Net(loop, b"\2\0\0\0\0\1")
@@ -168,7 +211,7 @@ def exchanged(receive: Rig, transmit: Rig, numbers: Sequence[int]) -> list[bytes
 
 
 @pytest.mark.parametrize("nth", NTH)
-@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EIO, errno.EINTR])
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EIO, errno.EBADFD, errno.EINTR])
 def test_a_frame_that_cannot_be_sent_is_lost_alone_and_one_interrupted_is_not(
     number: int, nth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +234,9 @@ def test_a_frame_that_cannot_be_sent_is_lost_alone_and_one_interrupted_is_not(
 
 
 @pytest.mark.parametrize("nth", NTH)
-@pytest.mark.parametrize("number", [errno.EINTR, errno.EIO, errno.ENOMEM])
+@pytest.mark.parametrize(
+    "number", [errno.EINTR, errno.EIO, errno.ENOMEM, errno.EAGAIN, errno.ENOBUFS, errno.EBADFD]
+)
 def test_a_frame_that_cannot_be_received_fails_the_queue_and_one_interrupted_does_not(
     number: int, nth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +257,98 @@ def test_a_frame_that_cannot_be_received_fails_the_queue_and_one_interrupted_doe
     receive.close()
     transmit.close()
     loop.close()
+
+
+def pinged(network: Responder) -> bool:
+    """Ask who the host is; whether it answers."""
+    guest, host = Station(b"\2\0\0\0\0\2", bytes([192, 168, 19, 2])), bytes([192, 168, 19, 1])
+    frame = memoryview(bytearray(2000))
+    network.send([memoryview(bytearray(HEADER_SIZE)), memoryview(bytearray(arp_request(guest, host)))])
+    if not select.select([network.fd], [], [], 0.05)[0]:
+        return False
+    length = network.receive([frame])
+    return arp_reply(bytes(frame[HEADER_SIZE:length])) is not None
+
+
+class Far:
+    """The far end of a responder's network, of which one call of *name* fails, the *nth* one."""
+
+    def __init__(self, end: socket.socket, name: str, nth: int, number: int) -> None:
+        self.end = end
+        self.fault = Fault(number, nth)
+        self._name = name
+
+    def __getattr__(self, name: str) -> object:
+        call: Callable[..., object] = getattr(self.end, name)
+
+        def faulty(*arguments: object) -> object:
+            self.fault.calls += 1
+            if self.fault.calls != self.fault.nth + 1:
+                return call(*arguments)
+            self.fault.happened = True
+            raise OSError(self.fault.outcome, os.strerror(int(str(self.fault.outcome))))
+
+        return faulty if name == self._name else call
+
+
+def responder(monkeypatch: pytest.MonkeyPatch, call: str, nth: int, number: int) -> tuple[Responder, Far]:
+    ends: list[Far] = []
+
+    def pair(*kind: int) -> tuple[socket.socket, Far]:
+        near, far = socket_pair(*kind)
+        ends.append(Far(far, call, nth, number))
+        return near, ends[0]
+
+    socket_pair = socket.socketpair
+    monkeypatch.setattr(socket, "socketpair", pair)
+    made = Responder("192.168.19.1")
+    monkeypatch.undo()
+    return made, ends[0]
+
+
+@pytest.mark.parametrize("nth", NTH)
+@pytest.mark.parametrize("number", [errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM, errno.EIO])
+def test_an_answer_that_the_host_in_this_process_cannot_send_is_lost_alone(
+    number: int, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, far = responder(monkeypatch, "send", nth, number)
+    with closing(network):
+        assert [pinged(network) for _ in range(REQUESTS)] == [turn != nth for turn in range(REQUESTS)]
+        assert far.fault.happened
+
+
+@pytest.mark.parametrize("nth", NTH)
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOMEM])
+def test_a_host_in_this_process_that_cannot_receive_fails_the_queue_with_what_the_kernel_said(
+    number: int, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, far = responder(monkeypatch, "recv", nth, number)
+    card = Net(network, b"\2\0\0\0\0\1")
+    with closing(network), closing(Rig(card.queues()[0])) as receive, closing(Rig(card.queues()[1])) as transmit:
+        receive.start()
+        transmit.start()
+        receive.submit(0, 0, 64)
+        for token in range(nth):
+            # Nothing that the host answers.
+            transmit.submit(token)
+            transmit.collect(1)
+        eventually(lambda: bool(receive.failures), "the failure")
+        assert [getattr(failure, "errno") for failure in receive.failures] == [number] and far.fault.happened
+        assert receive.driver.reap() == []
+        transmit.submit(nth)
+        assert transmit.collect(1) == [(nth, 0)] and transmit.failures == [] and card.dropped == 1
+
+
+def test_a_network_whose_other_end_has_gone_fails_the_queue_and_is_not_asked_for_ever() -> None:
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    network = PacketNetwork(near.detach(), "packets")
+    with closing(network), closing(Rig(Net(network, b"\2\0\0\0\0\1").queues()[0])) as receive:
+        receive.start()
+        receive.submit(0, 0, 64)
+        far.close()
+        eventually(lambda: bool(receive.failures), "the failure")
+        assert [type(failure) for failure in receive.failures] == [ConnectionResetError]
+        assert receive.driver.reap() == []
 
 
 class Output:

@@ -5,25 +5,29 @@ import errno
 import os
 import select
 import socket
+import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
 import sessions
-from runtime.rigs import nothing_left
+from runtime.rigs import Rig, buffer, eventually, nothing_left
 
 from lguestlib.abi import tun
 from lguestlib.abi import virtio_net as net
 from lguestlib.abi.ioctl import ioctl
+from lguestlib.abi.libc import failure
 from lguestlib.abi.netdevice import ifreq
 from lguestlib.abi.sched import CLONE_NEWNET, unshare
+from lguestlib.runtime.backend import tap as tap_module
 from lguestlib.runtime.backend.tap import DEVICE, Tap
 from lguestlib.runtime.interface import InterfaceAddress, Interfaces, netmask
 from lguestlib.runtime.namespace import without_ipv6
 from lguestlib.runtime.packets import Station, answer, arp_reply, arp_request, echo_reply, echo_request
-from lguestlib.virtio.devices.net import HEADER_SIZE
+from lguestlib.virtio.devices.net import HEADER_SIZE, Net
 
 HOST = InterfaceAddress(bytes([10, 9, 8, 1]), 24)
 # linux/ethtool.h, linux/sockios.h
@@ -64,8 +68,10 @@ def tap_with_host() -> Iterator[Tap]:
     with Interfaces() as interfaces:
         interfaces.set_address(tap.name, HOST)
         interfaces.set_up(tap.name)
-    yield tap
-    tap.close()
+    try:
+        yield tap
+    finally:
+        tap.close()
 
 
 def names() -> list[str]:
@@ -404,3 +410,81 @@ def test_requests_about_interfaces_that_are_not_there_name_them() -> None:
 )
 def test_a_netmask_has_so_many_leading_ones(prefix: int, mask: str) -> None:
     assert netmask(prefix).hex() == mask
+
+
+STEPS = ["TUNSETIFF", "TUNSETVNETHDRSZ", "TUNSETOFFLOAD"]
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOMEM, errno.EIO])
+@pytest.mark.parametrize("step", range(len(STEPS)), ids=STEPS)
+def test_a_tap_device_that_cannot_be_made_leaves_nothing_and_says_which_call_it_was(
+    step: int, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def test() -> None:
+        calls = 0
+
+        def refuse(fd: int, request: int, argument: int, call: str, about: str) -> int:
+            nonlocal calls
+            calls += 1
+            if calls == step + 1:
+                assert call == STEPS[step]
+                raise failure(number, call, about)
+            return ioctl(fd, request, argument, call, about)
+
+        monkeypatch.setattr(tap_module, "ioctl", refuse)
+        with pytest.raises(OSError, match=STEPS[step]) as caught:
+            Tap("mine")
+        assert caught.value.errno == number and names() == ["lo"]
+        monkeypatch.undo()
+        Tap("mine").close()
+
+    in_namespace(test)
+
+
+def test_without_a_descriptor_there_is_no_tap_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, flags: int) -> int:
+        raise failure(errno.EMFILE, "open", path)
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(OSError) as caught:
+        Tap()
+    assert caught.value.errno == errno.EMFILE
+
+
+def test_an_interface_that_is_down_loses_frames_and_one_that_is_removed_fails_who_receives() -> None:
+    def test() -> None:
+        with tap_with_host() as tap, ExitStack() as opened:
+            card = Net(tap, GUEST.mac)
+            receive, transmit = (opened.enter_context(Rig(queue)) for queue in card.queues()[:2])
+            for rig in (receive, transmit):
+                rig.start()
+            receive.submit(0, 0, 2048)
+
+            def ask(token: int) -> None:
+                question = bytes(HEADER_SIZE) + arp_request(GUEST, HOST.address)
+                transmit.memory.write(buffer(token, len(question)).address, question)
+                transmit.submit(token, len(question))
+                assert transmit.collect(1) == [(token, 0)]
+
+            subprocess.run(["ip", "link", "set", tap.name, "down"], check=True)
+            ask(0)
+            assert card.dropped == 1, "EIO"
+            subprocess.run(["ip", "link", "set", tap.name, "up"], check=True)
+            for token in range(1, 200):
+                ask(token)
+                if receive.driver.reap():
+                    break
+                time.sleep(0.02)
+            else:
+                raise AssertionError("the host does not answer again")
+            assert card.dropped == 1 and receive.failures == transmit.failures == []
+            receive.submit(1, 0, 2048)
+            subprocess.run(["ip", "link", "del", tap.name], check=True)
+            eventually(lambda: bool(receive.failures), "the failure")
+            assert [getattr(error, "errno") for error in receive.failures] == [errno.EBADFD]
+            ask(200)
+            assert card.dropped == 2 and transmit.failures == []
+            with pytest.raises(OSError):
+                card.activate(0)
+
+    in_namespace(test)

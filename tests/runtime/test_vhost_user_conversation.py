@@ -1,5 +1,6 @@
 """A device served to a front-end: rings start, stop and change under load, and lose nothing (T8 to T12)."""
 
+import errno
 import os
 import random
 import select
@@ -38,6 +39,7 @@ from uring import uring_or_skip
 from lguestlib.abi import vhost_user as abi
 from lguestlib.abi.memfd import memfd
 from lguestlib.abi.virtio_net import VIRTIO_NET_F_MRG_RXBUF
+from lguestlib.memory import mapping
 from lguestlib.memory.address import GuestAddress
 from lguestlib.runtime.backend.file import FileDisk
 from lguestlib.runtime.backend.packet import PacketNetwork
@@ -1204,3 +1206,67 @@ def test_frames_come_and_go_once_and_in_order_whatever_a_front_end_does_under_lo
             answering.join()
     ours.close()
     network.close()
+
+
+# What the kernel has no room for.
+
+SHAPE = struct.pack("=QQHHI", 0, 0, 3, 64, 0)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+@pytest.mark.parametrize("call", ["memfd_create", "ftruncate"])
+def test_a_record_that_cannot_be_made_ends_that_connection_with_one_line(
+    call: str, number: int, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with served.front() as front:
+        ring = front.start()
+        assert ring.ask(0, b"before") == b"before"
+        monkeypatch.setattr(os, call, refuse)
+        front.send(abi.VHOST_USER_GET_INFLIGHT_FD, SHAPE)
+        line = served.report()
+        monkeypatch.undo()
+        assert os.strerror(number) in line and call in line
+        assert front.closed()
+    served.rest()
+    with served.front() as other:
+        made, (fd,) = other.get_fds(abi.VHOST_USER_GET_INFLIGHT_FD, SHAPE)
+        other.set(abi.VHOST_USER_SET_INFLIGHT_FD, made, [fd])
+        os.close(fd)
+        assert other.start().ask(0, b"after") == b"after"
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.EAGAIN, errno.EACCES])
+@pytest.mark.parametrize("what", ["memory", "log", "record"])
+def test_what_cannot_be_mapped_is_refused_or_ends_that_connection_with_one_line(
+    what: str, number: int, served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*arguments: object, **more: object) -> mapping.SharedMapping:
+        raise OSError(number, os.strerror(number))
+
+    with served.front() as front:
+        made, (fd,) = front.get_fds(abi.VHOST_USER_GET_INFLIGHT_FD, SHAPE)
+        log = memfd("log", 0x1000)
+        request, payload, given = {
+            "memory": (abi.VHOST_USER_SET_MEM_TABLE, table(region()), front.memory_fd),
+            "log": (abi.VHOST_USER_SET_LOG_BASE, u64(0x1000) + u64(0), log),
+            "record": (abi.VHOST_USER_SET_INFLIGHT_FD, made, fd),
+        }[what]
+        monkeypatch.setattr(mapping, "SharedMapping", refuse)
+        if what == "log":
+            # Its reply cannot say that it went wrong.
+            front.send(request, payload, [given])
+            assert front.closed() and os.strerror(number) in served.report()
+        else:
+            assert front.try_set(request, payload, [given]) == 1
+            monkeypatch.undo()
+            # What there was is still there.
+            assert front.start().ask(1, b"after") == b"after"
+        monkeypatch.undo()
+        os.close(fd)
+        os.close(log)
+    served.rest()
+    with served.front() as other:
+        assert other.start().ask(0, b"other") == b"other"

@@ -142,8 +142,14 @@ class DeviceRunner:
             f"{self.device.name} {queue.name}", queue, ring, self.kicks[index], self._interrupts[index],
             self.counters[index], self._thread_failed, self._processors[index],
         )  # fmt: skip
+        try:
+            thread.start()
+        except Exception as error:
+            # There may be no more threads.
+            ring.release()
+            self._fail(thread.name, error)
+            return
         self._threads[index] = thread
-        thread.start()
         if self.failure:
             # Another has failed meanwhile, and did not know of this one.
             thread.request_stop()

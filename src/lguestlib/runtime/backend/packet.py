@@ -1,5 +1,6 @@
 """A network behind a file descriptor that reads and writes whole frames."""
 
+import errno
 import os
 from collections.abc import Sequence
 
@@ -38,9 +39,21 @@ class PacketNetwork:
     def receive(self, buffers: Sequence[memoryview]) -> int:
         """Sleep until a frame comes, straight into guest memory.  Raises OSError, InterruptedError."""
         buffers = buffers[: uio.UIO_MAXIOV]
-        if self.tracer is None:
-            return uio.readv(self.fd, buffers)
-        return self.tracer.traced("readv", self._role, uio.readv, self.fd, buffers)
+        try:
+            if self.tracer is None:
+                return uio.readv(self.fd, buffers) or self._gone()
+            return self.tracer.traced("readv", self._role, uio.readv, self.fd, buffers) or self._gone()
+        except OSError as error:
+            if error.errno == errno.EFAULT:
+                self._check_there()
+            raise
+
+    def _check_there(self) -> None:
+        """Raise OSError where it is the network that has gone, and not the memory for its frames."""
+
+    def _gone(self) -> int:
+        """There is nobody any more at the other end, and nothing to wait for.  Raises OSError."""
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
 
     def close(self) -> None:
         """Close the descriptor."""

@@ -6,6 +6,7 @@ that a queue's thread makes the very calls it makes on a TAP device.
 
 import socket
 import threading
+from contextlib import suppress
 
 from lguestlib.runtime.backend.packet import PacketNetwork
 from lguestlib.runtime.packets import Station, answer
@@ -24,6 +25,7 @@ class Responder(PacketNetwork):
         super().__init__(near.detach(), "responder", tracer)
         self._host = Station(MAC, socket.inet_aton(address))
         self._header_size = HEADER_SIZE
+        self._failure: OSError | None = None
         self._thread = threading.Thread(target=self._serve, name="responder", daemon=True)
         self._thread.start()
 
@@ -38,16 +40,21 @@ class Responder(PacketNetwork):
                 reply = answer(packet[size:], self._host)
                 if reply is not None:
                     self._send(bytes(size) + reply)
-        except OSError:
-            # The network was closed with frames under way.
-            return
+        except OSError as error:
+            # The network was closed with frames under way; or who receives is told why there are no more.
+            self._failure = error
+        with suppress(OSError):
+            self._far.shutdown(socket.SHUT_RDWR)
 
     def _send(self, packet: bytes) -> None:
-        try:
+        # The guest does not receive, or the host has no room: a full network drops.
+        with suppress(OSError):
             self._far.send(packet, socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            # The guest does not receive: a full network drops.
-            return
+
+    def _gone(self) -> int:
+        if self._failure:
+            raise OSError(self._failure.errno, self._failure.strerror)
+        return super()._gone()
 
     def close(self) -> None:
         """End the host and its network."""

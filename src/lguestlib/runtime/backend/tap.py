@@ -110,9 +110,14 @@ class Tap(PacketNetwork):
         return tap
 
     def _persistent(self) -> bool:
+        """Whether the interface stays.  Raises OSError: EBADFD where somebody has removed it."""
         request = ifreq()
         ioctl(self.fd, tun.TUNGETIFF, request, "TUNGETIFF", self.name)
         return bool(request.ifr_ifru.ifru_flags & tun.IFF_PERSIST)
+
+    def _check_there(self) -> None:
+        # A read that sleeps while the interface is removed ends in EFAULT, too.
+        self._persistent()
 
     @property
     def pairs(self) -> Sequence[PacketNetwork]:
