@@ -42,16 +42,41 @@ print(json.dumps(sorted({module.__file__ for module in sys.modules.values() if g
 """
 
 
+_HOLD = b"""
+import signal
+from lguestlib.abi import kvm
+from lguestlib.abi.ioctl import ioctl
+from lguestlib.runtime.vm import open_kvm
+machine = ioctl(open_kvm(), kvm.KVM_CREATE_VM, 0, "KVM_CREATE_VM")
+print("held", flush=True)
+signal.pause()
+"""
+"""Keeps a virtual machine.
+
+With the first one and after the last one Linux rewrites an instruction of its scheduler, and at
+times QEMU's processors then turn for ever around the breakpoint that is there meanwhile.
+"""
+
 LAUNCH_PATIENCE = 300.0
 """Seconds: two boots of a nested guest on a host that has much else to do."""
 
 
 class NestedKvm(Linux):
-    """That machine, with a shell; *files* of this one's are at the same paths in there."""
+    """That machine, with a shell; *files* of this one's are at the same paths in there.
+
+    So are *programs*, with the libraries that they need.
+    """
 
     name = "nested"
 
-    def __init__(self, directory: Path, memory: int = 1024, cpus: int = 2, files: Iterable[Path] = ()) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        memory: int = 1024,
+        cpus: int = 2,
+        files: Iterable[Path] = (),
+        programs: Iterable[str] = (),
+    ) -> None:
         sessions.programs_or_skip(**{"qemu-system-x86_64": "qemu-system-x86"})
         kernel = real_kernel()
         [modules] = (kernel.parents[1] / "lib/modules").iterdir()
@@ -65,7 +90,8 @@ class NestedKvm(Linux):
             archive.file(f"lib/modules/{modules.name}/{name}", (modules / name).read_bytes())
         for module in guest_modules:
             archive.file(f"lib/modules/{modules.name}/{module.relative_to(modules)}", module.read_bytes())
-        _add_python(archive, directory)
+        _add_python(archive, directory, programs)
+        archive.file("hold.py", _HOLD)
         for path in files:
             archive.file(str(path).lstrip("/"), path.read_bytes(), path.stat().st_mode & 0o777)
         initrd = directory / "nested.cpio"
@@ -77,6 +103,12 @@ class NestedKvm(Linux):
             "-kernel", str(kernel), "-initrd", str(initrd),
             "-append", "console=ttyS0 loglevel=1 mitigations=off",
         ])  # fmt: skip
+        try:
+            self.call("mkdir -p /dev/pts && mount -t devpts devpts /dev/pts && mkfifo /tmp/held")
+            self.call(f"PYTHONPATH=/lguestlib {_interpreter()} /hold.py >/tmp/held & read held </tmp/held")
+        except BaseException:
+            self.close()
+            raise
 
     def launch(self, words: str, program: str = "-m lguestlib", seconds: float = LAUNCH_PATIENCE) -> Answer:
         """What `python -m lguestlib` with these *words* of a shell's shows in there, and its exit status."""
@@ -87,9 +119,9 @@ def _interpreter() -> str:
     return os.path.realpath(sys.executable)
 
 
-def _add_python(archive: NewcArchive, directory: Path) -> None:
-    """The interpreter, the modules that the library imports, compiled, and the libraries of both."""
-    programs = {_interpreter()}
+def _add_python(archive: NewcArchive, directory: Path, others: Iterable[str]) -> None:
+    """The interpreter, the modules that the library imports, compiled, *others*, and the libraries of all."""
+    programs = {_interpreter(), *others}
     source = str(interpreters.SOURCE)
     environment = os.environ | {"PYTHONPATH": source}
     told = subprocess.run(
