@@ -178,6 +178,7 @@ LIBRARY_CASES: tuple[Case, ...] = (
     _watched(
         ("T1",), "statuses and features only in their order", "3.1.1",
         mmio="""
+            features_of_the_transports_own_are_offered_unless_withheld_and_count_where_agreed_on
             t1_features_are_frozen_by_features_ok_and_not_taken_before_driver
             t1_what_was_not_offered_is_never_among_the_features
         """,
@@ -214,6 +215,7 @@ LIBRARY_CASES: tuple[Case, ...] = (
         mmio="""
             a_failed_device_asks_for_a_reset_and_interrupts_only_a_driver_that_is_ready
             driver_ok_is_told_once_with_the_features_and_the_queues
+            t5_a_reported_change_is_a_new_generation_and_an_interrupt
             t5_the_config_space_takes_any_width_and_reads_zero_past_its_end
             t5_the_registers_are_those_of_the_table_and_no_others
             used_buffers_that_nobody_notes_are_told_of_while_the_driver_is_live
