@@ -10,6 +10,7 @@ FIELD is one of `PACKED_FIELDS` and not one of `FIELDS`.  FIELD gets the values 
 
 import struct
 import sys
+from collections.abc import Iterator
 from itertools import cycle
 
 from lguestlib.memory.address import GuestAddress
@@ -57,18 +58,25 @@ def view_of(queue: Queue, field: str) -> memoryview:
     return view[1:2] if len(view) > 1 else view
 
 
-def main(fd: int, field: str, how: str) -> None:
-    """Store until killed."""
-    memory = GuestMemory([Region.from_fd(GuestAddress(0), SIZE, fd)])
-    view = view_of(queue_of(memory, field), field)
+def stores(view: memoryview, how: str) -> Iterator[None]:
+    """Store the values in turn, one for each step."""
     mask = (1 << 8 * view.itemsize) - 1
     values = cycle([value & mask for value in VALUES])
     if how == "pack_into":
         store, target = struct.Struct(f"<{view.format}").pack_into, view.cast("B")
         for value in values:
             store(target, 0, value)
+            yield
     for value in values:
         view[0] = value
+        yield
+
+
+def main(fd: int, field: str, how: str) -> None:
+    """Store until killed."""
+    memory = GuestMemory([Region.from_fd(GuestAddress(0), SIZE, fd)])
+    for _ in stores(view_of(queue_of(memory, field), field), how):
+        pass
 
 
 if __name__ == "__main__":
