@@ -6,7 +6,7 @@ from fuzz import runs
 from fuzz.runs import TARGETS, replay, run
 
 COUNTS = {
-    "rings": 700_000, "packed": 300_000, "registers": 100_000, "pci": 30_000, "lguest": 6000, "requests": 36_000,
+    "rings": 700_000, "packed": 300_000, "registers": 100_000, "pci": 30_000, "lguest": 3000, "requests": 36_000,
     "transcripts": 10_000, "images": 1000,
 }  # fmt: skip
 """How many things to try."""
