@@ -14,12 +14,6 @@ export PATH=/sbin:/bin HOME=/root TERM=linux
 
 /bin/busybox mount -t proc proc /proc
 /bin/busybox --install -s /bin
-# Without -f they ask process 1, which is no init that would know what they say.
-mkdir -p /sbin
-for way in poweroff reboot halt; do
-    printf '#!/bin/sh\nexec busybox %s -f "$@"\n' "$way" >"/sbin/$way"
-    chmod +x "/sbin/$way"
-done
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 for module in /modules/*.ko; do
@@ -106,6 +100,8 @@ cd /root || end 1
 if [ -e /commands ]; then
     sh /commands </dev/null
 else
-    PS1='\h:\w \$ ' setsid -c sh
+    # Without -f they ask process 1, which is no init that would know what they say.
+    echo "alias poweroff='poweroff -f' reboot='reboot -f' halt='halt -f'" >/aliases
+    PS1='\h:\w \$ ' ENV=/aliases setsid -c sh
 fi
 end $?
