@@ -73,11 +73,11 @@ class Slot:
         self.owner = Owner(function.transport, ground.memory, lambda: function.transport.layouts)
         self._identity = function.read_config(0, 4), function.read_config(8, 4), function.read_config(0x2C, 4)
         self._late: list[Reset | QueueStop] = []
+        self._pin = False
 
     def see_to_effects(self, at_once: bool = False) -> None:
         """Do what has been asked for, a stop sooner or later."""
-        for effect in self.function.take_effects():
-            self._take(effect)
+        self._take_all()
         if self._late and (at_once or self._random.random() < 0.5):
             transport = self.function.transport
             for late in self._late:
@@ -85,6 +85,18 @@ class Slot:
                 ready = {layout.index for layout in transport.layouts}
                 assert late.index not in ready if isinstance(late, QueueStop) else transport.status == 0 and not ready
             self._late.clear()
+            self._take_all()
+
+    def _take_all(self) -> None:
+        """Do what has been asked for, and what comes of that: the pin then is as it has to be."""
+        function = self.function
+        function.update_pin()
+        while effects := function.take_effects():
+            for effect in effects:
+                self._take(effect)
+            function.update_pin()
+        disabled = function.config.command & pci.PCI_COMMAND_INTX_DISABLE
+        assert self._pin is bool(function.transport.isr and not function.msix.enabled and not disabled)
 
     def _take(self, effect: PciEffect) -> None:
         function = self.function
@@ -100,13 +112,13 @@ class Slot:
             case BarMoved(address):
                 assert address is None or address % BAR_SIZE == 0 and 0 < address < 1 << 64
             case PinLevel(asserted):
-                assert not asserted or function.transport.isr and not function.msix.enabled
+                assert asserted is not self._pin
+                self._pin = asserted
             case MsixEnabled():
                 pass
             case DriverReady() | QueueReady() | Notify() | DriverFailed():
                 if self.owner.take(effect):
                     function.transport.used_buffer()
-                    function.update_pin()
             case _:
                 raise AssertionError(effect)
 
