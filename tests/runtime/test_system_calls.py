@@ -20,6 +20,9 @@ MARGIN = 20
 CONTENTION = 0.05
 """Futex calls of the queue threads for each ping, at most, on a host that does nothing else."""
 
+FREE = not getattr(sys, "_is_gil_enabled", lambda: True)()
+"""Whether this interpreter, and those that are started, have no GIL."""
+
 ALLOWED = {"net0 receive": {"readv", "write"}, "net0 transmit": {"read", "writev", "write"}}
 
 
@@ -67,8 +70,12 @@ def test_a_thousand_pings_take_the_seeds_calls_and_no_others(tmp_path: Path, hyp
     pings = calls["net0 transmit"]["writev"]
     assert pings >= PINGS - 2 * MARGIN
     for thread, allowed in ALLOWED.items():
-        assert set(calls[thread]) <= allowed | {"futex"}, calls
-    assert abs(calls["net0 transmit"]["read"] - pings) <= MARGIN
+        # Where threads do not take turns, who waits for a lock of the interpreter's yields first.
+        assert set(calls[thread]) <= allowed | {"futex", *({"sched_yield"} if FREE else ())}, calls
+    if not FREE:
+        assert abs(calls["net0 transmit"]["read"] - pings) <= MARGIN
+    # A thread that is not in the guest's way finds the next ping before it has slept, now and then.
+    assert calls["net0 transmit"]["read"] <= pings + MARGIN
     assert abs(calls["net0 receive"]["readv"] - pings) <= MARGIN
     interrupts = calls["net0 receive"]["write"] + calls["net0 transmit"]["write"]
     assert pings - MARGIN <= interrupts <= 2 * pings + MARGIN

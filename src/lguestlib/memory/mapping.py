@@ -40,8 +40,7 @@ class SharedMapping(mmap.mmap):
     """A mapping of another process's file.  Made by `map_shared`."""
 
     _start = _length = 0
-    _lost = False
-    _on_lost: OnLost
+    _to_tell: list[OnLost]
     _about = ""
     _reference: "weakref.ref[SharedMapping]"
 
@@ -50,7 +49,7 @@ class SharedMapping(mmap.mmap):
         with memoryview(self) as view:
             self._start = address_of(view)
         self._length = -(-len(self) // mmap.PAGESIZE) * mmap.PAGESIZE
-        self._about, self._on_lost = about, on_lost
+        self._about, self._to_tell = about, [on_lost]
         self._reference = weakref.ref(self, _watched.discard)
         _watched.add(self._reference)
 
@@ -64,9 +63,9 @@ class SharedMapping(mmap.mmap):
         except OSError:
             # Huge pages are not replaced in parts.
             replace_pages(self._start, self._length)
-        if not self._lost:
-            self._lost = True
-            self._on_lost(MappingLost(f"{self._about}its file has become shorter than what is used of it"))
+        with suppress(IndexError):
+            # Of several threads that find out at once one has it.
+            self._to_tell.pop()(MappingLost(f"{self._about}its file has become shorter than what is used of it"))
         return True
 
     def close(self) -> None:
@@ -130,7 +129,8 @@ def _bus_error(number: int, info: int, context: int) -> None:
     with suppress(Exception):
         if by_kernel and any(
             mapping is not None and mapping.replace(fault.si_addr)
-            for mapping in [reference() for reference in tuple(_watched)]
+            # Copied whole: other threads come and go, and one that iterates would be told off for it.
+            for mapping in [reference() for reference in _watched.copy()]
         ):
             return
     # None of ours: it gets what it would have got, from the same fault again or the same signal.
