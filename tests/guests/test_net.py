@@ -262,8 +262,9 @@ def test_a_networks_mtu_is_the_guests_and_frames_as_long_pass(rig: Rig, name: st
     host, guest = (rig.networks.address(name, end) for end in (1, 2))
     for size in {mtu - IP_AND_ICMP, min(mtu - IP_AND_ICMP, 8000)}:
         ping = f"ping -q -c 3 -w 10 -i 0.01 -M do -s {size}"
-        assert " 3 received" in rig.networks.namespace.call(*ping.split(), guest)
-        assert " 3 received" in rig.guest.call(f"/sbin/{ping} {host}")
+        # It goes on until three are answered, and on a busy host sends some more.
+        assert " 0% packet loss" in rig.networks.namespace.call(*ping.split(), guest)
+        assert " 0% packet loss" in rig.guest.call(f"/sbin/{ping} {host}")
     shown, status = rig.guest.command(f"/sbin/ping -q -c 1 -W 0.1 -M do -s {mtu - IP_AND_ICMP + 1} {host}")
     assert status == 1 and " 0 received" in shown
 

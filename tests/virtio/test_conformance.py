@@ -1,6 +1,7 @@
 """The catalogue of cases: complete, well-formed, and what of it needs no thread and no descriptor is run."""
 
 import ast
+from functools import cache
 from dataclasses import replace
 from pathlib import Path
 
@@ -111,6 +112,7 @@ def test_a_conversation_has_steps_and_what_has_to_be_served_is_asked_for() -> No
         assert not (case.served and case.refused), case.name
 
 
+@cache
 def _functions(path: Path) -> set[str]:
     return {node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)}
 
