@@ -25,11 +25,9 @@ PIECES = {"4k": 4 * MIB, "64k": 4 * MIB, "1M": 8 * MIB} if LONG else {"4k": MIB,
 ALL = 16 * MIB if LONG else 4 * MIB
 REBOOTS = 2 if LONG else 1
 DISKS = {
-    "plain": ("--num-queues", "2"),
-    "direct": ("--without", "indirect_desc"),
-    "flags": ("--without", "event_idx"),
     "uring": ("--num-queues", "2", "--aio", "io_uring"),
-}
+    "flags": ("--without", "event_idx"),
+} | ({"plain": ("--num-queues", "2"), "direct": ("--without", "indirect_desc")} if LONG else {})
 PORT = 5001
 
 
