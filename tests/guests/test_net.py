@@ -262,9 +262,9 @@ def test_a_networks_mtu_is_the_guests_and_frames_as_long_pass(rig: Rig, name: st
     host, guest = (rig.networks.address(name, end) for end in (1, 2))
     for size in {mtu - IP_AND_ICMP, min(mtu - IP_AND_ICMP, 8000)}:
         ping = f"ping -q -c 3 -w 10 -i 0.01 -M do -s {size}"
-        # It goes on until three are answered, and on a busy host sends some more.
-        assert " 0% packet loss" in rig.networks.namespace.call(*ping.split(), guest)
-        assert " 0% packet loss" in rig.guest.call(f"/sbin/{ping} {host}")
+        # It ends when three are answered; on a busy host some more are on their way then.
+        for shown in (rig.networks.namespace.call(*ping.split(), guest), rig.guest.call(f"/sbin/{ping} {host}")):
+            assert re.search(" ([3-9]|[0-9]{2,}) received", shown), shown
     shown, status = rig.guest.command(f"/sbin/ping -q -c 1 -W 0.1 -M do -s {mtu - IP_AND_ICMP + 1} {host}")
     assert status == 1 and " 0 received" in shown
 

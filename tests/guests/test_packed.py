@@ -121,6 +121,6 @@ def test_after_a_reboot_the_rings_begin_anew(rig: Rig) -> None:
         rig.guest.reboot()
         for name in DISKS:
             assert rig.is_packed(f"block/{rig.disk(name)}")
-        rig.exchanges("plain")
+        rig.exchanges("uring")
         rig.guest.call("ip link set eth0 up && ip address add 10.0.0.2/24 dev eth0")
         assert " 3 received" in rig.namespace.call("ping", "-n", "-c", "3", "-w", "10", "-i", "0.2", "10.0.0.2")
