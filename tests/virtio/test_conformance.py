@@ -1,8 +1,8 @@
 """The catalogue of cases: complete, well-formed, and what of it needs no thread and no descriptor is run."""
 
 import ast
-from functools import cache
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest

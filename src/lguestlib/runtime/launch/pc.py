@@ -11,7 +11,7 @@ from lguestlib.runtime.initramfs.archive import make_initramfs
 from lguestlib.runtime.launch.kernel import about, opened, setup_of
 from lguestlib.runtime.launch.limits import check_bus, check_memory
 from lguestlib.runtime.launch.plan import Plan, closed_on_error
-from lguestlib.runtime.options import MachineOptions
+from lguestlib.runtime.options import MachineOptions, TransportName
 from lguestlib.runtime.pc.host_kernel import HostKernel
 from lguestlib.runtime.pc.machine import MEMORY_MAX, MMIO_DEVICES_MAX, PcMachine, pc_memory
 from lguestlib.runtime.vm import KvmUnusable
@@ -36,7 +36,7 @@ def build(plan: Plan) -> PcMachine:
         memory = pc_memory(options.memory, plan.shares_memory)
     except OSError as error:
         raise plan.no_memory(error) from None
-    transport = options.transport or "pci"
+    transport: TransportName = options.transport or "pci"
     with closed_on_error(memory):
         try:
             machine = PcMachine(memory, plan.say, plan.tracer, options.cpus, transport, plan.take_early_text)
@@ -48,17 +48,17 @@ def build(plan: Plan) -> PcMachine:
             console = () if options.kernel is None else _console_words(options.arguments)
             _load(machine, options.kernel, options.initrd, " ".join([*console, *plan.words]))
         else:
-            _load_host_kernel(machine, host, plan)
+            _load_host_kernel(machine, host, plan, transport)
     return machine
 
 
-def _load_host_kernel(machine: PcMachine, host: HostKernel, plan: Plan) -> None:
+def _load_host_kernel(machine: PcMachine, host: HostKernel, plan: Plan, transport: TransportName) -> None:
     """Put this host's kernel into *machine*, with an initramfs of ours if the user has named none."""
     options = plan.options
     initrd: str | bytes | None = options.initrd
     if initrd is None:
         devices = [runner.device for runner in machine.runners]
-        drivers = host.drivers(devices, options.transport or "pci", plan.say)
+        drivers = host.drivers(devices, transport, plan.say)
         initrd = make_initramfs(drivers, options.script).pack()
     _load(machine, host.path, initrd, " ".join([*OWN_LINUX_WORDS, *plan.device_words, *options.arguments]))
 
